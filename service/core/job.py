@@ -201,6 +201,11 @@ class Partial(msgspec.Struct, kw_only=True):
     channel: int | None
 
 
+def channels(job: Job) -> list[int | None]:
+    """The upstream streams of a job: one per channel where it is split, else one that has no number."""
+    return list(range(job.audio.channels)) if job.options.get("channels") == "split" else [None]
+
+
 def links(job_id: str) -> dict[str, str]:
     """Where everything of a job is."""
     base = f"/jobs/{job_id}"
@@ -260,6 +265,15 @@ def make_event(job_id: str, seq: int | None, kind: str, at_ms: int, payload: dic
     """Encode an event: `id`, `type`, `job_id`, `at` and the payload's members beside them."""
     body = {"id": seq, "type": kind, "job_id": job_id, "at": rfc3339(at_ms), **payload}
     return Event(job_id, seq, kind, to_json(body), after_seq)
+
+
+# What is told over the bus only, never kept and never shown: the rows are gone, please stop, somebody has begun to listen.
+DELETED, CANCEL, LISTENING = "deleted", "cancel", "listening"
+
+
+def hint(job_id: str, kind: str) -> Event:
+    """A bus-only event between the processes of the service."""
+    return Event(job_id, None, kind, b"{}")
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ models, languages and redaction policies are checked by form only; such lists ag
 import difflib
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -275,3 +275,8 @@ def _unknown(name: str) -> str:
     return f"There is no option {name[:64]!r}" + (
         f"; did you mean {close[0]}?" if close else "; /docs lists all options."
     )
+
+
+def upstream_options(public: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a job's `options`, those that AssemblyAI is handed."""
+    return {name: value for name, value in public.items() if name in _STREAMING or name in _STREAMING_LISTS}

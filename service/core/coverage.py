@@ -1,0 +1,65 @@
+"""What became of every millisecond of the file. FLOOR 0.
+
+A range counts as covered when a session that ended with Termination was handed it, or when a session finalized past it. Anything else is a
+gap. `complete` means: no gap, and each terminated session says it processed what it was sent, give or take 1,500 ms, because upstream counts
+whole seconds.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from service.core.job import Coverage, Gap, Session
+
+TOLERANCE_MS = 1500
+
+
+def coverage(
+    *, file_ms: int, sessions: Sequence[Session], finalized: Mapping[str, int], channels: Sequence[int | None]
+) -> Coverage:
+    """Account for the file; `finalized` maps a session's id to the end of its last final turn (ms of the file)."""
+    gaps: list[tuple[int, int]] = []
+    sent = file_ms
+    for channel in channels:
+        own = [session for session in sessions if session.channel == channel]
+        handed = _union([(s.offset_ms, s.offset_ms + s.sent_ms) for s in own], file_ms)
+        known = _union([(s.offset_ms, known_to(s, finalized)) for s in own], file_ms)
+        sent = min(sent, sum(end - start for start, end in handed))
+        gaps += _complement(known, file_ms)
+    terminated = [s for s in sessions if s.audio_duration_seconds is not None]
+    agrees = all(abs(_upstream_ms(s) - s.sent_ms) <= TOLERANCE_MS for s in terminated)
+    merged = _union(gaps, file_ms)
+    return Coverage(
+        file_ms=file_ms,
+        sent_ms=sent,
+        upstream_ms=sum(_upstream_ms(s) for s in terminated) if terminated else None,
+        gaps=[Gap(start, end) for start, end in merged],
+        last_word_ms=max(finalized.values(), default=None),
+        complete=not merged and agrees,
+    )
+
+
+def known_to(session: Session, finalized: Mapping[str, int]) -> int:
+    """The position (ms of the file) up to which a session is known to have processed its audio: where a successor starts."""
+    if session.audio_duration_seconds is not None:
+        return session.offset_ms + session.sent_ms
+    return max(session.offset_ms, finalized.get(session.id, 0))
+
+
+def _upstream_ms(session: Session) -> int:
+    return round((session.audio_duration_seconds or 0) * 1000)
+
+
+def _union(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted((start, min(end, limit)) for start, end in ranges):
+        if start >= end:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _complement(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    edges = [0, *(edge for pair in ranges for edge in pair), limit]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]

@@ -1,0 +1,144 @@
+"""Folding one upstream session's messages into the turns of the job. FLOOR 0.
+
+Upstream counts time and turns from zero in every session; here they become positions in the file and one running index. Invariants, whatever
+order upstream sends in: a turn is final once per (session, turn_order); what changes it later is a revision with the same index; a partial never
+follows the final of its turn nor precedes an earlier turn's final; finals without text are dropped.
+Source: https://www.assemblyai.com/docs/streaming/universal-streaming/message-sequence
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from service.core import protocol
+from service.core.job import Partial, Turn, TurnWord
+
+
+class Folded(NamedTuple):
+    """What a message means for the job."""
+
+    kind: Literal["turn.partial", "turn.final", "turn.revised"]
+    turn: Turn | Partial
+
+
+class Folder:
+    """Folds the messages of one session."""
+
+    def __init__(self, *, session_id: str, channel: int | None, offset_ms: int, chunk_ms: float) -> None:
+        """`offset_ms`: where in the file the session's audio began; `chunk_ms`: the audio one message carries."""
+        self._session_id = session_id
+        self._channel = channel
+        self._offset_ms = offset_ms
+        self._chunk_ms = chunk_ms
+        self._finals: dict[int, Turn] = {}
+        self._closed: set[int] = set()  # orders that ended, with or without text
+        self._open: dict[int, list[str]] = {}  # order → words of its latest partial
+
+    @property
+    def speaking(self) -> bool:
+        """True while some turn has begun and not ended."""
+        return bool(self._open)
+
+    def turn(self, message: protocol.Turn, *, next_index: int, elapsed_ms: float, position_ms: int) -> Folded | None:
+        """Fold one Turn message.
+
+        `next_index` is the job's next free turn index, `elapsed_ms` the time since the session's first chunk was due, `position_ms` the
+        position of the stream in the file, which stands in for the times of a turn without words.
+        """
+        if not message.end_of_turn:
+            return self._partial(message, next_index, position_ms)
+        order = message.turn_order
+        text = message.transcript or _join(message.words)
+        self._open.pop(order, None)
+        if order in self._finals:
+            if not text:
+                return None
+            before = self._finals[order]
+            return self._revise(self._build(message, text, before.index, before.latency_ms, before.end_ms))
+        self._closed.add(order)
+        if not text:
+            return None
+        turn = self._build(message, text, next_index, 0, position_ms)
+        if message.words:
+            # A chunk is on the wire from the moment its first sample was due.
+            on_wire = message.words[-1].end // self._chunk_ms * self._chunk_ms
+            turn.latency_ms = max(0, round(elapsed_ms - on_wire))
+        self._finals[order] = turn
+        return Folded("turn.final", turn)
+
+    def revision(self, message: protocol.SpeakerRevision) -> Iterator[Folded]:
+        """Fold new speaker labels; turns that are not final here are ignored."""
+        for revision in message.revisions:
+            before = self._finals.get(revision.turn_order)
+            if before is None:
+                continue
+            words = [self._word(word) for word in revision.words] or before.words
+            if words is before.words and revision.speaker_label == before.speaker:
+                continue
+            turn = _replace(before, words=words, speaker=revision.speaker_label or before.speaker)
+            if folded := self._revise(turn):
+                yield folded
+
+    def _revise(self, turn: Turn) -> Folded | None:
+        if turn == self._finals[turn.turn_order]:
+            return None
+        self._finals[turn.turn_order] = turn
+        return Folded("turn.revised", turn)
+
+    def _partial(self, message: protocol.Turn, next_index: int, position_ms: int) -> Folded | None:
+        order = message.turn_order
+        words = [word.text for word in message.words]
+        text = message.transcript
+        if len(text.split()) < len(words):  # some models leave pending words out of `transcript`
+            text = " ".join(words)
+        if not text or order in self._closed:
+            return None
+        held = any(earlier < order for earlier in self._open)
+        before = self._open.get(order, [])
+        self._open[order] = words
+        if held:
+            return None
+        stable = 0
+        for i, word in enumerate(message.words):
+            if not word.word_is_final and before[i : i + 1] != [word.text]:
+                break
+            stable += 1
+        start_ms = self._ms(message.words[0].start) if message.words else position_ms
+        return Folded("turn.partial", Partial(
+            index=next_index, transcript=text, stable_words=stable, start_ms=start_ms,
+            session_id=self._session_id, turn_order=order, channel=self._channel,
+        ))  # fmt: skip
+
+    def _build(self, message: protocol.Turn, text: str, index: int, latency_ms: int, position_ms: int) -> Turn:
+        words = [self._word(word) for word in message.words]
+        return Turn(
+            index=index,
+            start_ms=words[0].start_ms if words else position_ms,
+            end_ms=words[-1].end_ms if words else position_ms,
+            transcript=text,
+            words=words,
+            formatted=message.turn_is_formatted,
+            session_id=self._session_id,
+            turn_order=message.turn_order,
+            end_of_turn_confidence=message.end_of_turn_confidence,
+            language=message.language_code,
+            speaker=message.speaker_label,
+            channel=self._channel,
+            latency_ms=latency_ms,
+        )
+
+    def _word(self, word: protocol.Word) -> TurnWord:
+        return TurnWord(
+            text=word.text, start_ms=self._ms(word.start), end_ms=self._ms(word.end), confidence=word.confidence, speaker=word.speaker
+        )
+
+    def _ms(self, session_ms: float) -> int:
+        return self._offset_ms + round(session_ms)
+
+
+def _join(words: list[protocol.Word]) -> str:
+    return " ".join(word.text for word in words)
+
+
+def _replace(turn: Turn, *, words: list[TurnWord], speaker: str | None) -> Turn:
+    fields = {name: getattr(turn, name) for name in turn.__struct_fields__}
+    return Turn(**{**fields, "words": words, "speaker": speaker})

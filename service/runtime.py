@@ -1,0 +1,123 @@
+"""THE composition root: the one place that names concrete classes. FLOOR 4.
+
+`open_runtime` builds everything on one AsyncExitStack, so that whatever fails half way is undone, and yields a frozen set of parts.
+"""
+
+import asyncio
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.backends.assemblyai import AssemblyAI
+from service.backends.local import LocalBlobs
+from service.backends.memory import MemoryBus, MemoryQueue
+from service.feed import Feed
+from service.intake import Intake
+from service.pacer import Pacer
+from service.ports import BlobStore, Bus, Clock, JobQueue
+from service.settings import Settings, SettingsError
+from service.store import Store, migrate, open_store
+from service.telemetry import metrics
+from service.transcription import SessionGate, Transcriber
+
+
+class SystemClock:
+    """The wall's time, or `speed` times faster for tests."""
+
+    def __init__(self, speed: float = 1.0) -> None:
+        """Only a constructor argument: no setting makes production time run faster."""
+        self._speed = speed
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic() * self._speed
+
+    def utc_ms(self) -> int:
+        """Unix milliseconds."""
+        return time.time_ns() // 1_000_000
+
+    async def sleep(self, seconds: float) -> None:
+        """Suspend."""
+        await asyncio.sleep(seconds / self._speed)  # noqa: TID251 - this is the clock
+
+    def real(self, seconds: float) -> float:
+        """The event loop's seconds."""
+        return seconds / self._speed
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The parts of one process."""
+
+    settings: Settings
+    clock: Clock
+    store: Store
+    blobs: BlobStore
+    queue: JobQueue
+    bus: Bus
+    feed: Feed
+    intake: Intake
+    transcriber: Transcriber
+    draining: asyncio.Event
+
+
+@asynccontextmanager
+async def open_runtime(settings: Settings, *, clock: Clock | None = None) -> AsyncIterator[Runtime]:
+    """Open everything `settings` names. Raises `SettingsError` when it cannot be."""
+    clock = clock or SystemClock()
+    async with AsyncExitStack() as stack:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stack.callback(os.close, _lock(settings.data_dir))
+        url = database_url(settings)
+        await migrate(url)
+        store = await stack.enter_async_context(open_store(url))
+        await store.expire_leases()  # the lock says that no other process works on these jobs
+        blobs = LocalBlobs(settings.data_dir / "audio")
+        await blobs.sweep()
+        queue, bus = MemoryQueue(clock), MemoryBus()
+        key = settings.assemblyai_api_key
+        upstream = await stack.enter_async_context(
+            AssemblyAI(settings.upstream_url, key.get_secret_value() if key is not None else None)
+        )
+        yield Runtime(
+            settings=settings,
+            clock=clock,
+            store=store,
+            blobs=blobs,
+            queue=queue,
+            bus=bus,
+            feed=Feed(store, bus, clock),
+            intake=Intake(
+                store=store, blobs=blobs, queue=queue, bus=bus, clock=clock, default_model=settings.speech_model,
+                max_audio_s=settings.max_audio_hours * 3600, max_queue=settings.max_queue,
+                webhooks_enabled=bool(settings.webhook_secret),
+            ),
+            transcriber=Transcriber(
+                store=store, bus=bus, blobs=blobs, upstream=upstream,
+                pacer=Pacer(clock, metrics.loop_lag.observe), clock=clock,
+                gate=SessionGate(clock, per_minute=settings.sessions_per_minute), patience_s=settings.upstream_patience,
+            ),
+            draining=asyncio.Event(),
+        )  # fmt: skip
+
+
+def database_url(settings: Settings) -> str:
+    """Where the truth is kept."""
+    return f"sqlite+aiosqlite:///{settings.data_dir.resolve() / 'turnwire.db'}"
+
+
+def _lock(directory: Path) -> int:
+    """Hold the data directory until the returned descriptor is closed; the kernel lets go of it when the process dies."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise SettingsError(
+            f"TURNWIRE_DATA_DIR: another Turnwire process uses {directory}; stop it, or set another directory"
+        ) from None
+    return descriptor

@@ -1,0 +1,68 @@
+"""The tables, once for SQLite and PostgreSQL. Migrations under `service/migrations` build them; a test compares the two."""
+
+from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, MetaData, Table, Text, UniqueConstraint, func, literal_column
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+metadata = MetaData()
+
+# `doc` is the whole public job as JSON; the columns beside it are what queries, fences and leases look at.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("epoch", Integer, nullable=False),  # fencing token: every claim takes the next one
+    Column("lease_until_ms", BigInteger, nullable=False),  # on the database's clock
+    Column("not_before_ms", BigInteger, nullable=False),  # on the database's clock
+    Column("strikes", Integer, nullable=False),  # claims since the last final or hand-back: what too_many_attempts counts
+    Column("event_seq", Integer, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("doc", LargeBinary, nullable=False),
+    Index("jobs_by_status", "status", "created_ms", "id"),
+    Index("jobs_by_owner", "owner", "created_ms", "id"),
+)
+
+turns = Table(
+    "turns",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("idx", Integer, primary_key=True),
+    Column("session_id", Text, nullable=False),
+    Column("turn_order", Integer, nullable=False),
+    Column("end_ms", Integer, nullable=False),
+    Column("doc", LargeBinary, nullable=False),
+    UniqueConstraint("job_id", "session_id", "turn_order"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("doc", LargeBinary, nullable=False),
+)
+
+
+class now_ms(FunctionElement[int]):  # noqa: N801 - reads as a function in queries
+    """The database's own clock, Unix milliseconds: leases of several machines must share one clock."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(now_ms)
+def _now_ms(element: now_ms, compiler: object, **kw: object) -> str:
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)"
+
+
+@compiles(now_ms, "sqlite")
+def _now_ms_sqlite(element: now_ms, compiler: object, **kw: object) -> str:
+    return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+
+
+ONE = literal_column("1")
+count = func.count

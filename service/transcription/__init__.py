@@ -1,0 +1,169 @@
+"""Transcribing one claimed job: validate the stored audio, pace it out, take the turns in, keep and tell them, finish. FLOOR 3.
+
+`transcribe` returns when the claim is over: the job is completed, failed or canceled, or back in the queue (drain, no capacity). `Fenced` means that
+somebody else has the job: everything is dropped without a word. Whatever else goes wrong ends the job as `internal`, with what was kept.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+from service.core.coverage import coverage
+from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, TurnwireError
+from service.core.job import CANCEL, LISTENING, Claim, Closed, Failure, Job, Stage, Status, channels
+from service.core.wav import WavInfo, WavParser
+from service.pacer import Pacer
+from service.ports import BlobStore, Bus, Clock, Upstream
+from service.store import Store
+from service.transcription.recorder import Recorder
+from service.transcription.stream import ChannelStream, Control, Outcome, SessionGate, StartLine, Work
+
+__all__ = ["Control", "SessionGate", "Transcriber"]
+
+LEASE_SECONDS = 15.0
+RENEW_SECONDS = 1.0
+READ = 1 << 20
+
+log = structlog.get_logger(__name__)
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """Asked to stop while validating."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transcriber:
+    """What transcribing needs, the same for every job of a process."""
+
+    store: Store
+    bus: Bus
+    blobs: BlobStore
+    upstream: Upstream
+    pacer: Pacer
+    clock: Clock
+    gate: SessionGate
+    patience_s: float
+
+    async def transcribe(self, claim: Claim, control: Control) -> None:
+        """Work on `claim` until it is over."""
+        recorder = Recorder(claim, self.store, self.bus, self.clock)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(recorder.run(), name="recorder")
+                beating = group.create_task(self._beat(recorder, control), name="heartbeat")
+                hearing = group.create_task(self._hear(recorder, control), name="control")
+                await self._work(recorder, control)
+                recorder.close()
+                await recorder.flushed()
+                beating.cancel()
+                hearing.cancel()
+        except* Fenced:
+            log.info("claim lost", job_id=claim.job.id, epoch=claim.epoch)
+
+    async def _beat(self, recorder: Recorder, control: Control) -> None:
+        while True:
+            await self.clock.sleep(RENEW_SECONDS)
+            if await recorder.renew(LEASE_SECONDS):
+                control.ask("cancel")
+
+    async def _hear(self, recorder: Recorder, control: Control) -> None:
+        async with self.bus.subscribe(f"control.{recorder.job.id}") as subscription:
+            while True:
+                event = await subscription.next()
+                if event.type == CANCEL:
+                    control.ask("cancel")
+                elif event.type == LISTENING:
+                    recorder.tell_again()
+
+    async def _work(self, recorder: Recorder, control: Control) -> None:
+        job = recorder.job
+        self._mourn(recorder)
+        streams: list[int | None] = channels(job)
+        try:
+            recorder.stage(Stage.VALIDATING)
+            info = await self._validate(job, control)
+            work = Work(
+                recorder, control, info, self.clock, self.pacer, self.blobs, self.upstream, self.gate, self.patience_s,
+                StartLine(len(streams)),
+            )  # fmt: skip
+            outcomes = await self._stream(work, streams)
+        except Stopped:
+            outcomes = [Outcome("stopped")]
+        except TurnwireError as exc:
+            if isinstance(exc, Fenced):
+                raise
+            log.error("job failed", job_id=job.id, code=exc.code, detail=exc.detail)
+            outcomes = [Outcome("failed", Failure(exc.code, exc.detail, isinstance(exc, OurError)))]
+        except Exception:
+            log.exception("job failed unexpectedly", job_id=job.id)
+            failure = Failure("internal", "The service failed on this job; what was transcribed is kept. Retry it.", True)
+            outcomes = [Outcome("failed", failure)]
+        self._conclude(recorder, control, outcomes)
+
+    def _mourn(self, recorder: Recorder) -> None:
+        """Sessions that a dead worker left open are lost; say so once."""
+        for session in recorder.job.sessions:
+            if session.closed is None:
+                recorder.session_lost(session, Closed(None, "the worker of this job was gone"), retry_in_s=0)
+
+    async def _validate(self, job: Job, control: Control) -> WavInfo:
+        """The stored bytes must be those that were accepted. Raises `AudioMissing`, `AudioCorrupt`."""
+        parser, digest, at = WavParser(max_duration_s=float("inf")), hashlib.sha256(), 0
+        try:
+            while block := await self.blobs.read(job.id, at, READ):
+                parser.feed(block)
+                await asyncio.to_thread(digest.update, block)
+                at += len(block)
+                if control.stop:
+                    raise Stopped
+            info = parser.finish()
+        except InvalidAudio as exc:
+            raise AudioCorrupt from exc
+        if digest.hexdigest() != job.audio.sha256:
+            raise AudioCorrupt
+        return info
+
+    async def _stream(self, work: Work, streams: Sequence[int | None]) -> list[Outcome]:
+        option = work.recorder.job.options.get("channels")
+
+        async def one(channel: int | None) -> Outcome:
+            pick: int | Literal["mix"] = "mix" if option == "mix" else channel or 0
+            outcome = await ChannelStream(work, channel, pick).run()
+            if outcome.kind in ("failed", "no_capacity"):
+                work.control.ask("failed")  # the other channels end their turns; what they say is kept
+            return outcome
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(channel), name=f"channel-{channel}") for channel in streams]
+        return [task.result() for task in tasks]
+
+    def _conclude(self, recorder: Recorder, control: Control, outcomes: list[Outcome]) -> None:
+        job = recorder.job
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        waits = [outcome.delay_s for outcome in outcomes if outcome.kind == "no_capacity"]
+        if control.stop == "cancel":
+            status, error = Status.CANCELED, None
+        elif failures:
+            status, error = Status.FAILED, failures[0]
+        elif waits:
+            recorder.release(not_before_s=max(waits))
+            return
+        elif control.stop:
+            recorder.release(not_before_s=0)
+            return
+        else:
+            status, error = Status.COMPLETED, None
+        recorder.finish(
+            status,
+            error=error,
+            coverage=coverage(
+                file_ms=job.audio.duration_ms,
+                sessions=job.sessions,
+                finalized=recorder.finalized,
+                channels=channels(job),
+            ),
+        )

@@ -1,0 +1,227 @@
+"""Keeping what a job becomes: one ordered line of changes to the store, and from there to the bus. Part of FLOOR 3.
+
+The recorder owns the job while a claim lives. Each change is applied to the job in memory and encoded as an event at once; a single task commits
+what has gathered and only then publishes it, so nothing is ever shown that could still be lost. Partials and progress follow the durable events
+they came after; of several partials of a session only the newest is told. While the database is away changes gather up to a bound; then
+`congested` asks the senders to pause.
+"""
+
+import asyncio
+from service.core.errors import Fenced
+from service.core.job import (
+    Claim,
+    Closed,
+    Coverage,
+    Failure,
+    Notice,
+    Partial,
+    Session,
+    Stage,
+    Status,
+    Turn,
+    channels,
+    make_event,
+    may_become,
+    rfc3339,
+)
+from service.core.transcript import Folded
+from service.ports import Bus, Clock
+from service.store import Store, Write
+from service.telemetry import metrics
+
+MAX_PENDING_EVENTS = 1000
+MAX_PENDING_BYTES = 1 << 20
+
+
+class Recorder:
+    """The pen of one claim."""
+
+    def __init__(self, claim: Claim, store: Store, bus: Bus, clock: Clock) -> None:
+        """Takes over the job of `claim`."""
+        self.job = claim.job
+        self.finalized = claim.finalized
+        self._claim = claim
+        self._store = store
+        self._bus = bus
+        self._clock = clock
+        self._positions: dict[int | None, int] = dict.fromkeys(channels(claim.job), 0)
+        self._topic = f"events.{claim.job.id}"
+        self._seq = claim.event_seq  # of the newest event made
+        self._committed = claim.event_seq
+        self._write = Write(claim.job)
+        self._pending_bytes = 0
+        self._partials: dict[str, Partial] = {}  # newest per session, not yet told
+        self._current: dict[str, Partial] = {}  # newest per session, of open turns
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+
+    # --- changes ------------------------------------------------------------------------------------------------------
+
+    def stage(self, stage: Stage) -> None:
+        """Note what the job is doing."""
+        if self.job.stage != stage:
+            self.job.stage = stage
+            self._event("job.status", {"status": self.job.status, "stage": stage})
+
+    def warn(self, code: str, message: str) -> None:
+        """Warn once per code."""
+        if all(notice.code != code for notice in self.job.warnings):
+            self.job.warnings.append(Notice(code, message))
+            self._event("job.warning", {"code": code, "message": message})
+
+    def sent(self, channel: int | None, position_ms: int) -> None:
+        """A channel's stream has reached `position_ms`; the job is as far as its slowest channel."""
+        self._positions[channel] = position_ms
+        progress = self.job.progress
+        progress.sent_ms = max(progress.sent_ms, min(self._positions.values()))
+
+    def session_begin(self, session: Session) -> None:
+        """An upstream session has begun."""
+        self.job.sessions.append(session)
+        body = {"session_id": session.id, "model": session.model, "offset_ms": session.offset_ms, "channel": session.channel}
+        self._event("session.begin", body)
+
+    def session_lost(self, session: Session | None, closed: Closed, *, retry_in_s: float | None) -> None:
+        """A session ended that was not asked to, or could not be opened (None)."""
+        if session is not None:
+            session.closed = closed
+            self._discard(session.id)
+        body = {"session_id": session.id if session else None, "code": closed.code, "reason": closed.reason,
+                "retry_in_ms": None if retry_in_s is None else round(retry_in_s * 1000)}  # fmt: skip
+        self._event("session.lost", body)
+
+    def folded(self, folded: Folded) -> None:
+        """A partial, a final or a revision."""
+        turn = folded.turn
+        if isinstance(turn, Partial):
+            self._partials[turn.session_id] = self._current[turn.session_id] = turn
+            self._wake.set()
+            return
+        if folded.kind == "turn.final":
+            current = self._current.get(turn.session_id)
+            if current is not None and current.turn_order <= turn.turn_order:
+                self._discard(turn.session_id)
+            self.job.turn_count = turn.index + 1
+            self.finalized[turn.session_id] = max(turn.end_ms, self.finalized.get(turn.session_id, 0))
+            self._write.turns.append(turn)
+        else:
+            self._revise(turn)
+        self._event(folded.kind, {"turn": turn})
+
+    def _revise(self, turn: Turn) -> None:
+        """A turn not yet committed is replaced where it waits; one committed is updated."""
+        waiting = self._write.turns
+        for i, earlier in enumerate(waiting):
+            if earlier.index == turn.index:
+                waiting[i] = turn
+                return
+        self._write.revised.append(turn)
+
+    def _discard(self, session_id: str) -> None:
+        self._partials.pop(session_id, None)
+        self._current.pop(session_id, None)
+
+    def release(self, *, not_before_s: float) -> None:
+        """Hand the job back to the queue."""
+        self._become(Status.QUEUED)
+        self._write.not_before_s = not_before_s
+        self._event("job.status", {"status": Status.QUEUED, "stage": None})
+
+    def finish(self, status: Status, *, coverage: Coverage, error: Failure | None = None) -> None:
+        """End the job."""
+        if not coverage.complete and status == Status.COMPLETED:
+            self.warn("incomplete_coverage", "Some of the audio is not known to have been processed upstream; see coverage.gaps.")
+        self._become(status)
+        self.job.coverage = coverage
+        self.job.error = error
+        self.job.finished_at = rfc3339(self._clock.utc_ms())
+        self._partials.clear()
+        self._current.clear()
+        self._event(f"job.{status}", {"job": self.job})
+
+    def _become(self, status: Status) -> None:
+        assert may_become(self.job.status, status), f"{self.job.status} -> {status}"
+        self.job.status = status
+        self.job.stage = None
+
+    def _event(self, kind: str, payload: dict[str, object]) -> None:
+        self._seq += 1
+        event = make_event(self.job.id, self._seq, kind, self._clock.utc_ms(), payload)
+        self._write.events.append(event)
+        self._pending_bytes += len(event.json)
+        self._wake.set()
+        self._idle.clear()
+
+    # --- the line -----------------------------------------------------------------------------------------------------
+
+    @property
+    def congested(self) -> bool:
+        """True while so much waits for the database that no more audio should be sent."""
+        return len(self._write.events) >= MAX_PENDING_EVENTS or self._pending_bytes >= MAX_PENDING_BYTES
+
+    async def run(self) -> None:
+        """Commit and publish until `close`. Raises `Fenced` when the job is somebody else's."""
+        while True:
+            if self._write.events:
+                await self._commit()
+            elif self._partials:
+                await self._publish_partials()
+            elif self._closing:
+                return
+            else:
+                self._idle.set()
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _commit(self) -> None:
+        write, self._write = self._write, Write(self.job)
+        self._pending_bytes = 0
+        after, self._committed = self._committed, self._committed + len(write.events)
+        await self._store.write(self._claim, write, after_seq=after)
+        for event in write.events:
+            await self._bus.publish(self._topic, event)
+            metrics.events.labels(type=event.type).inc()
+
+    async def _publish_partials(self) -> None:
+        partials, self._partials = self._partials, {}
+        for partial in partials.values():
+            partial.index = self.job.turn_count
+            await self._publish("turn.partial", {"turn": partial})
+
+    async def _publish(self, kind: str, payload: dict[str, object]) -> None:
+        await self._bus.publish(
+            self._topic, make_event(self.job.id, None, kind, self._clock.utc_ms(), payload, after_seq=self._committed)
+        )
+        metrics.events.labels(type=kind).inc()
+
+    async def renew(self, lease_s: float) -> bool:
+        """Extend the claim, keep the progress, and only then tell it. True: a cancel was requested. Raises `Fenced`."""
+        settled = self._idle.is_set()
+        progress = {"sent_ms": self.job.progress.sent_ms, "total_ms": self.job.progress.total_ms}
+        if self.job.status != Status.PROCESSING:
+            return False
+        try:
+            cancel = await self._store.renew(self._claim, lease_s=lease_s, job=self.job if settled else None)
+        except Fenced:
+            if self.job.status != Status.PROCESSING:  # ended meanwhile, by ourselves
+                return False
+            raise
+        if settled and self.job.stage == Stage.STREAMING:
+            await self._publish("job.progress", progress)
+        return cancel
+
+    def tell_again(self) -> None:
+        """Somebody has begun to listen: tell the open partials once more."""
+        self._partials |= self._current
+        self._wake.set()
+
+    async def flushed(self) -> None:
+        """Wait until everything so far is committed and published."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Let `run` return when all is written."""
+        self._closing = True
+        self._wake.set()

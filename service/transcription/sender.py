@@ -1,0 +1,145 @@
+"""Audio out: read ahead from the blob store, converted, and sent chunk by chunk when the pacer says so. Part of FLOOR 3.
+
+`Source` reads 64 KiB blocks off the event loop, never whole files. `Sender.tick` runs on the pacer's wheel and never waits: a chunk is there or it is
+tried again a tick later, and the schedule catches up gently. Positions are milliseconds of the file.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Literal
+
+from service.core.pacing import FRAME_BYTES, Schedule
+from service.core.samples import Converter
+from service.core.wav import WavInfo
+from service.pacer import TICK, Pacer, Timer
+from service.ports import BlobStore, Clock, UpstreamSession
+from service.telemetry import metrics
+
+BLOCK = 1 << 16
+HIGH_WATER = 1 << 18  # bytes buffered towards a peer that does not read; it is given up on long before this grows
+
+
+class Source:
+    """The audio of one channel from a position on, as it goes upstream."""
+
+    def __init__(self, blobs: BlobStore, key: str, info: WavInfo, channel: int | Literal["mix"], position_ms: int) -> None:
+        """`position_ms` may be anywhere in the file."""
+        self._blobs = blobs
+        self._key = key
+        self._converter = Converter(info.format, channel)
+        frame = position_ms * info.format.sample_rate // 1000
+        self._at = info.data_start + frame * info.format.frame_bytes
+        self._end = info.data_start + info.data_bytes
+        self._buffer = b""
+        self._taken = 0
+        self._low = asyncio.Event()
+        self._low.set()
+        self.complete = False  # everything has been read; what is buffered is the rest
+
+    async def run(self) -> None:
+        """Keep the buffer filled until the end of the audio."""
+        while not self.complete:
+            await self._low.wait()
+            block = await self._blobs.read(self._key, self._at, min(BLOCK, self._end - self._at))
+            self._at += len(block)
+            last = self._at >= self._end or not block
+            data = await asyncio.to_thread(self._converter.convert, block, last=last)
+            self._buffer = self._buffer[self._taken :] + data
+            self._taken = 0
+            self.complete = last
+            self._mark()
+
+    def _mark(self) -> None:
+        if len(self._buffer) - self._taken < BLOCK:
+            self._low.set()
+        else:
+            self._low.clear()
+
+    def take(self, size: int) -> bytes | None:
+        """The next `size` bytes; fewer only at the end, empty after it; None if the disk has not delivered yet."""
+        if len(self._buffer) - self._taken < size and not self.complete:
+            return None
+        chunk = self._buffer[self._taken : self._taken + size]
+        self._taken += len(chunk)
+        self._mark()
+        return chunk
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing more will come."""
+        return self.complete and self._taken == len(self._buffer)
+
+
+class Sender:
+    """Feeds one session."""
+
+    def __init__(
+        self,
+        session: UpstreamSession,
+        source: Source,
+        schedule: Schedule,
+        clock: Clock,
+        *,
+        offset_ms: int,
+        total_ms: int,
+        paused: Callable[[], bool],
+        sent: Callable[[int], None],
+        ended: Callable[[], None],
+    ) -> None:
+        """`paused()`: the recorder cannot keep up. `sent(position_ms)` after each chunk; `ended()` when the last one would have been spoken."""
+        self._session = session
+        self._source = source
+        self._schedule = schedule
+        self._clock = clock
+        self._offset_ms = offset_ms
+        self._total_ms = total_ms
+        self._paused = paused
+        self._sent = sent
+        self._ended = ended
+        self._chunk = 0
+        self._bytes = 0
+        self._timer: Timer | None = None
+        self.start: float | None = None
+        self.position_ms = offset_ms
+
+    def begin(self, pacer: Pacer, start: float) -> None:
+        """Send chunk 0 at `start` and the others after it."""
+        self.start = start
+        self._timer = pacer.add(start, self.tick)
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def elapsed_ms(self, now: float) -> float:
+        """How long the session has been fed."""
+        return 0.0 if self.start is None else (now - self.start) * 1000
+
+    def tick(self, now: float) -> float | None:
+        """Called by the pacer when a chunk, or the end, is due."""
+        assert self.start is not None
+        if self._session.failed:
+            return None
+        if self._source.exhausted:
+            self._ended()
+            return None
+        if self._paused() or self._session.buffered > HIGH_WATER:
+            return now + self._schedule.chunk_seconds
+        chunk = self._source.take(self._schedule.chunk_bytes)
+        if chunk is None:
+            return now + TICK
+        if chunk:
+            metrics.chunk_lateness.observe(max(0.0, now - self.start - self._schedule.due(self._chunk)))
+            self._session.send(self._schedule.padded(chunk))
+            self._chunk += 1
+            self._bytes += len(chunk)
+            self._sent(self._advance())
+        if self._source.exhausted:
+            return max(now, self.start + self._schedule.seconds(self._bytes))
+        return self._schedule.next_send(self._chunk, start=self.start, sent_at=now)
+
+    def _advance(self) -> int:
+        sent_ms = self._bytes // FRAME_BYTES * 1000 // self._schedule.rate
+        self.position_ms = self._total_ms if self._source.exhausted else min(self._offset_ms + sent_ms, self._total_ms)
+        return self.position_ms

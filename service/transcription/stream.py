@@ -1,0 +1,402 @@
+"""One channel of a job, streamed through as many upstream sessions as it takes. Part of FLOOR 3.
+
+A session that is lost is followed by another that starts at the end of the last final turn, a rotated one by another that starts where it ended: no
+audio is skipped and no final said twice. One deadline (an `asyncio.timeout` that is rescheduled as the conversation moves on) bounds every wait, so
+that nothing a peer does can hold a job, and a stop takes effect in any state. Each session is entered and left in this one task.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from math import isinf
+from typing import Literal
+
+import msgspec
+
+from service.core import protocol
+from service.core.coverage import known_to
+from service.core.job import Closed, Failure, Session, Stage
+from service.core.options import upstream_options
+from service.core.pacing import Schedule, backoff
+from service.core.protocol import Begin, SessionEnd, SessionEnded, SpeakerRevision, Termination, Turn, Verdict, classify
+from service.core.session import Conversation, Reason, State
+from service.core.transcript import Folder
+from service.core.wav import WavInfo
+from service.pacer import Pacer
+from service.ports import BlobStore, Clock, Upstream, UpstreamSession
+from service.telemetry import metrics
+from service.transcription.recorder import Recorder
+from service.transcription.sender import Sender, Source
+
+TAIL_MS = 50  # what is streamed again when only Termination is missing
+CANCEL_SECONDS = 2.0
+CLOSE_SECONDS = 2.0
+
+Stop = Literal["cancel", "drain", "failed"]
+
+
+class Control:
+    """How a running job is told to stop."""
+
+    def __init__(self, *, drain_s: float) -> None:
+        """`drain_s`: how long sessions may take to say their last words on a drain."""
+        self.stop: Stop | None = None
+        self.stopped = asyncio.Event()
+        self.listeners: set[Callable[[], None]] = set()
+        self._drain_s = drain_s
+
+    def ask(self, stop: Stop) -> None:
+        """Stop the job. A cancel outranks a drain; a repeat changes nothing."""
+        if self.stop in (stop, "cancel"):
+            return
+        self.stop = stop
+        self.stopped.set()
+        for listener in tuple(self.listeners):
+            listener()
+
+    @property
+    def grace_s(self) -> float:
+        """How long to wait for Termination."""
+        return CANCEL_SECONDS if self.stop == "cancel" else self._drain_s
+
+
+class SessionGate:
+    """Paces new upstream sessions: at most so many a minute, and few handshakes at once."""
+
+    def __init__(self, clock: Clock, *, per_minute: int, in_flight: int = 4) -> None:
+        """`per_minute` 0: no limit."""
+        self._clock = clock
+        self._interval = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self.connecting = asyncio.Semaphore(in_flight)
+
+    def reserve(self) -> float:
+        """Take the next place; seconds until it is due."""
+        now = self._clock.now()
+        due = max(now, self._next)
+        self._next = due + self._interval
+        return due - now
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all channels of a running job share."""
+
+    recorder: Recorder
+    control: Control
+    info: WavInfo
+    clock: Clock
+    pacer: Pacer
+    blobs: BlobStore
+    upstream: Upstream
+    gate: SessionGate
+    patience_s: float
+    start_line: "StartLine"
+    jitter: Callable[[], float] = random.random
+
+
+@dataclass(slots=True)
+class StartLine:
+    """Lets the channels of a job start on one clock: nobody is fed before everyone has begun."""
+
+    expected: int
+    waiting: list[tuple[int, Callable[[float], None]]] = field(default_factory=list)
+    open: bool = False
+
+    def arrive(self, position_ms: int, go: Callable[[float], None], now: float) -> None:
+        """`go(start)` is called once all are here; who is further in the file starts later by as much."""
+        if self.open:
+            go(now)
+            return
+        self.waiting.append((position_ms, go))
+        self._check(now)
+
+    def leave(self, now: float) -> None:
+        """One will not arrive."""
+        self.expected -= 1
+        self._check(now)
+
+    def _check(self, now: float) -> None:
+        if len(self.waiting) >= self.expected and not self.open:
+            self.open = True
+            first = min((position for position, _ in self.waiting), default=0)
+            for position, go in self.waiting:
+                go(now + (position - first) / 1000)
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a channel's streaming ended: all of it done, stopped as asked, to be tried later, or failed."""
+
+    kind: Literal["done", "stopped", "no_capacity", "failed"]
+    failure: Failure | None = None
+    delay_s: float = 0.0
+
+
+class ChannelStream:
+    """Streams one channel to its end."""
+
+    def __init__(self, work: Work, channel: int | None, pick: int | Literal["mix"]) -> None:
+        """`channel` marks turns (None where the job is not split); `pick` is what of the file is sent."""
+        self._work = work
+        self._channel = channel
+        self._pick = pick
+        self._total_ms = work.info.duration_ms
+        self._furthest_ms = -1
+        self._progress_at = work.clock.now()
+        self._losses = 0  # since the last progress
+        self._once: set[int | None] = set()
+        self._unterminated = 0
+        self._last_told: Closed | None = None
+        # The session now running:
+        self._limit: asyncio.Timeout | None = None
+        self._conversation = Conversation(0)
+        self._session: Session | None = None
+        self._sender: Sender | None = None
+        self._ws: UpstreamSession | None = None
+
+    async def run(self) -> Outcome:
+        """Session after session until the channel is done, stopped or failed."""
+        work = self._work
+        work.control.listeners.add(self._on_stop)
+        try:
+            while not work.control.stop:
+                if self._all_terminated():
+                    return Outcome("done")
+                if not await self._pause(work.gate.reserve(), Stage.WAITING_FOR_CAPACITY):
+                    break
+                work.recorder.stage(Stage.RECONNECTING if self._losses else Stage.CONNECTING)
+                end = await self._run_session(max(0, min(self._position_ms(), self._total_ms - TAIL_MS)))
+                if end is not None and (outcome := await self._lost(end)):
+                    return outcome
+            return Outcome("stopped")
+        finally:
+            work.control.listeners.discard(self._on_stop)
+            if self._furthest_ms < 0:
+                work.start_line.leave(work.clock.now())
+
+    # --- between sessions ---------------------------------------------------------------------------------------------
+
+    def _sessions(self) -> list[Session]:
+        return [session for session in self._work.recorder.job.sessions if session.channel == self._channel]
+
+    def _position_ms(self) -> int:
+        return max((known_to(session, self._work.recorder.finalized) for session in self._sessions()), default=0)
+
+    def _all_terminated(self) -> bool:
+        sessions = self._sessions()
+        return bool(sessions) and sessions[-1].audio_duration_seconds is not None and self._position_ms() >= self._total_ms
+
+    async def _pause(self, seconds: float, stage: Stage | None = None) -> bool:
+        """Wait, unless stopped; whether to go on."""
+        if seconds > 0:
+            if stage is not None:
+                self._work.recorder.stage(stage)
+            try:
+                async with asyncio.timeout(self._work.clock.real(seconds)):
+                    await self._work.control.stopped.wait()
+            except TimeoutError:
+                pass
+        return self._work.control.stop is None
+
+    async def _lost(self, end: SessionEnd) -> Outcome | None:
+        """Decide what follows an end nobody asked for. None: another session."""
+        verdict = classify(end)
+        metrics.upstream_ends.labels(code=str(end.code or end.kind)).inc()
+        work, now = self._work, self._work.clock.now()
+        all_sent = self._conversation.reason == "end"
+        self._unterminated += all_sent
+        if self._unterminated >= 2:
+            self._tell_lost(end, None)
+            work.recorder.warn("no_termination", "All audio was sent twice, but AssemblyAI never confirmed the end; the tail may be incomplete.")
+            return Outcome("done")
+        if verdict.action == "fail" or (verdict.action == "once" and end.code in self._once) or now - self._progress_at > work.patience_s:
+            self._tell_lost(end, None)
+            return Outcome("failed", self._failure(verdict, end))
+        if verdict.action == "wait":
+            delay = end.retry_after if end.retry_after is not None else 10 + 50 * work.jitter()
+            self._tell_lost(end, delay)
+            work.recorder.stage(Stage.WAITING_FOR_CAPACITY)
+            return Outcome("no_capacity", delay_s=delay)
+        if verdict.action == "once":
+            self._once.add(end.code)
+        at_once = verdict.action == "rotate" and self._losses == 0
+        delay = 0.0 if at_once else max(end.retry_after or 0.0, backoff(self._losses, work.jitter()))
+        self._losses += 1
+        self._tell_lost(end, delay)
+        if self._session is not None:
+            metrics.upstream_reconnects.inc()
+        await self._pause(delay, Stage.RECONNECTING)
+        return None
+
+    def _tell_lost(self, end: SessionEnd, retry_in_s: float | None) -> None:
+        closed = Closed(end.code, end.reason or end.kind.replace("_", " "))
+        # A peer that refuses every minute for a quarter of an hour is told of once.
+        if self._session is not None or closed != self._last_told or retry_in_s is None:
+            self._work.recorder.session_lost(self._session, closed, retry_in_s=retry_in_s)
+        self._last_told = closed
+
+    def _failure(self, verdict: Verdict, end: SessionEnd) -> Failure:
+        retryable = verdict.action in ("retry", "rotate", "once", "wait")
+        return Failure(verdict.error, verdict.message, retryable, end.code if end.kind in ("refused", "closed") else None)
+
+    # --- one session --------------------------------------------------------------------------------------------------
+
+    async def _run_session(self, position_ms: int) -> SessionEnd | None:
+        """Stream from `position_ms` until the session ends. None: it ended as asked (at the end, for rotation, by a stop)."""
+        work = self._work
+        self._session = self._sender = self._ws = None
+        options, rate = work.recorder.job.options, work.info.format.upstream_rate
+        query = protocol.query(upstream_options(options), sample_rate=rate)
+        self._conversation = Conversation(work.clock.now())
+        self._conversation.deadline = float("inf")  # the backend bounds connecting itself
+        source = Source(work.blobs, work.recorder.job.id, work.info, self._pick, position_ms)
+        reading = asyncio.create_task(source.run(), name="read-ahead")
+        reading.add_done_callback(self._on_read)
+        try:
+            async with asyncio.timeout(None) as self._limit, AsyncExitStack() as stack:
+                if work.control.stop:
+                    return None
+                async with work.gate.connecting:
+                    self._ws = await stack.enter_async_context(work.upstream.connect(query))
+                self._conversation = Conversation(work.clock.now())
+                self._reschedule()
+                await self._converse(self._ws, source, position_ms)
+        except TimeoutError:
+            if reading.done():
+                reading.result()  # the audio is gone or unreadable: that is what ended the session
+            return None if work.control.stop else self._conversation.overdue()
+        except SessionEnded as exc:
+            asked = self._conversation.state == State.DONE or (work.control.stop and self._conversation.state == State.OPENING)
+            return None if asked or self._conversation.reason in ("cancel", "drain", "failed") else exc.end
+        finally:
+            self._limit = None
+            if self._sender is not None:
+                self._sender.stop()
+            reading.cancel()
+            self._note_unclosed()
+        return None
+
+    async def _converse(self, ws: UpstreamSession, source: Source, position_ms: int) -> None:
+        work, clock = self._work, self._work.clock
+        schedule = Schedule(work.info.format.upstream_rate, work.recorder.job.options.get("chunk_ms", 100))
+        folder: Folder | None = None
+        while True:
+            message = await ws.receive()
+            if isinstance(message, Begin) and folder is None:
+                session = self._begin(message, position_ms)
+                folder = Folder(
+                    session_id=session.id, channel=self._channel, offset_ms=position_ms, chunk_ms=schedule.chunk_seconds * 1000
+                )
+                self._start_sender(ws, source, schedule, session, folder)
+            elif folder is None or self._sender is None:
+                continue
+            elif isinstance(message, Turn):
+                folded = folder.turn(
+                    message,
+                    next_index=work.recorder.job.turn_count,
+                    elapsed_ms=self._sender.elapsed_ms(clock.now()),
+                    position_ms=self._sender.position_ms,
+                )
+                if folded is not None:
+                    work.recorder.folded(folded)
+                    if folded.kind == "turn.final":
+                        self._progressed()
+            elif isinstance(message, SpeakerRevision):
+                for folded in folder.revision(message):
+                    work.recorder.folded(folded)
+            elif isinstance(message, Termination):
+                await self._terminated(ws, message)
+                return
+
+    def _begin(self, message: Begin, position_ms: int) -> Session:
+        work = self._work
+        self._conversation.begin(message, now=work.clock.now(), utc_s=work.clock.utc_ms() / 1000)
+        self._reschedule()
+        model = message.configuration.model if message.configuration else None
+        session = self._session = Session(
+            id=message.id,
+            model=model or work.recorder.job.options.get("speech_model"),
+            channel=self._channel,
+            offset_ms=position_ms,
+        )
+        metrics.upstream_sessions.inc()
+        work.recorder.session_begin(session)
+        work.recorder.stage(Stage.STREAMING)
+        return session
+
+    def _start_sender(self, ws: UpstreamSession, source: Source, schedule: Schedule, session: Session, folder: Folder) -> None:
+        work = self._work
+
+        def sent(position_ms: int) -> None:
+            session.sent_ms = position_ms - session.offset_ms
+            if position_ms > self._furthest_ms:
+                self._furthest_ms = position_ms
+                self._progressed()
+                work.recorder.sent(self._channel, position_ms)
+            if self._conversation.should_rotate(work.clock.now(), speaking=folder.speaking):
+                self._finish("rotate")
+
+        sender = self._sender = Sender(
+            ws, source, schedule, work.clock, offset_ms=session.offset_ms, total_ms=self._total_ms,
+            paused=lambda: work.recorder.congested, sent=sent, ended=lambda: self._finish("end"),
+        )  # fmt: skip
+        work.start_line.arrive(session.offset_ms, lambda start: sender.begin(work.pacer, start), work.clock.now())
+
+    def _progressed(self) -> None:
+        self._progress_at = self._work.clock.now()
+        self._losses = 0
+
+    def _finish(self, reason: Reason) -> None:
+        """Send Terminate; what is still said is waited for until a deadline."""
+        if self._ws is None or self._sender is None or self._conversation.state not in (State.STREAMING, State.DRAINING):
+            return
+        self._sender.stop()
+        if self._conversation.state == State.STREAMING:
+            self._ws.finish()
+            if reason == "end":
+                self._work.recorder.stage(Stage.FINALIZING)
+        if reason in ("end", "rotate"):
+            self._conversation.finish(reason, now=self._work.clock.now())
+        else:
+            self._conversation.finish(reason, now=self._work.clock.now(), within=self._work.control.grace_s)
+        self._reschedule()
+
+    def _on_stop(self) -> None:
+        if self._conversation.state in (State.STREAMING, State.DRAINING) and self._sender is not None:
+            self._finish(self._work.control.stop or "drain")
+        elif self._limit is not None and self._conversation.state == State.OPENING:
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+    def _on_read(self, reading: asyncio.Task[None]) -> None:
+        if not reading.cancelled() and reading.exception() is not None and self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+    def _reschedule(self) -> None:
+        if self._limit is None or self._limit.expired():
+            return
+        left = self._conversation.deadline - self._work.clock.now()
+        when = None if isinf(left) else asyncio.get_running_loop().time() + self._work.clock.real(left)
+        self._limit.reschedule(when)
+
+    async def _terminated(self, ws: UpstreamSession, message: Termination) -> None:
+        self._conversation.terminated()
+        assert self._session is not None
+        self._session.audio_duration_seconds = message.audio_duration_seconds or 0.0
+        self._session.session_duration_seconds = message.session_duration_seconds
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(None)
+        try:
+            async with asyncio.timeout(self._work.clock.real(CLOSE_SECONDS)):
+                while True:
+                    await ws.receive()
+        except SessionEnded as exc:
+            self._session.closed = Closed(exc.end.code, exc.end.reason)
+        except TimeoutError:
+            self._session.closed = Closed(None, "no close frame after Termination")
+
+    def _note_unclosed(self) -> None:
+        """A session stopped before Termination came is closed by us."""
+        if self._session is not None and self._session.closed is None and self._conversation.reason in ("cancel", "drain", "failed"):
+            self._session.closed = Closed(None, "left before Termination came")

@@ -1,0 +1,114 @@
+"""Deliveries → slots → transcription; the reconciler; the drain. FLOOR 5.
+
+A slot is one upstream stream; a job takes as many as it has streams. Nothing is taken from the queue without a free slot, so that what waits waits in
+the database, where its place in the queue can be seen. The reconciler rings for every job that waits and that nobody rang for: the doorbell may fail,
+the table does not.
+"""
+
+import asyncio
+import contextlib
+from contextlib import AsyncExitStack
+
+import structlog
+
+from service.core.errors import TurnwireError
+from service.core.job import Claim, channels
+from service.intake import begin_claim
+from service.ports import Delivery
+from service.runtime import Runtime
+from service.store import Busy
+from service.telemetry import bind, metrics
+from service.transcription import LEASE_SECONDS, Control
+
+RECONCILE_SECONDS = 5.0
+LAST_WORDS_SECONDS = 2.0  # of the drain, kept for writing down what came
+
+log = structlog.get_logger(__name__)
+
+
+class Worker:
+    """Takes jobs and transcribes them until it is told to drain."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """Starts with `run`."""
+        self._runtime = runtime
+        self._free = runtime.settings.max_streams
+        self._freed = asyncio.Event()
+        self._running: dict[asyncio.Task[None], Control] = {}
+        self._draining = False
+
+    async def run(self) -> None:
+        """Work until cancelled by `drain`'s caller."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._take(), name="worker-take")
+            group.create_task(self._reconcile(), name="worker-reconcile")
+
+    async def drain(self) -> None:
+        """Take nothing more, let every session end its turn, and hand the jobs back."""
+        self._draining = True
+        for control in self._running.values():
+            control.ask("drain")
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def _take(self) -> None:
+        while not self._draining:
+            while self._free < 1:
+                self._freed.clear()
+                await self._freed.wait()
+            delivery = await self._runtime.queue.next()
+            await self._start(delivery)
+
+    async def _start(self, delivery: Delivery) -> None:
+        runtime = self._runtime
+        claim = await runtime.store.claim(
+            delivery.job_id, lease_s=LEASE_SECONDS, begin=lambda record, strikes: begin_claim(runtime.clock, record, strikes)
+        )
+        await runtime.intake.tell_newest(delivery.job_id)
+        if isinstance(claim, Busy):
+            await delivery.give_back(claim.seconds + 0.5)
+        elif claim is None:
+            await delivery.done()
+        else:
+            slots = min(len(channels(claim.job)), runtime.settings.max_streams)
+            self._free -= slots
+            control = Control(drain_s=max(1.0, runtime.settings.drain - LAST_WORDS_SECONDS))
+            if self._draining:
+                control.ask("drain")
+            task = asyncio.create_task(self._work(claim, delivery, control, slots), name=f"job-{claim.job.id}")
+            self._running[task] = control
+
+    async def _work(self, claim: Claim, delivery: Delivery, control: Control, slots: int) -> None:
+        try:
+            with bind(job_id=claim.job.id), metrics.streams.track_inprogress():
+                await self._runtime.transcriber.transcribe(claim, control)
+            await delivery.done()
+        except Exception:
+            log.exception("job dropped; its lease will run out", job_id=claim.job.id)
+        finally:
+            self._free += slots
+            self._freed.set()
+            task = asyncio.current_task()
+            assert task is not None
+            self._running.pop(task, None)
+
+    async def _reconcile(self) -> None:
+        while True:
+            with contextlib.suppress(TurnwireError, OSError):
+                for job_id, epoch in await self._runtime.store.stranded():
+                    await self._runtime.queue.announce(job_id, epoch)
+            await self._runtime.clock.sleep(RECONCILE_SECONDS)
+
+
+async def start_worker(runtime: Runtime, stack: AsyncExitStack) -> Worker:
+    """A worker running in the background until `stack` ends."""
+    worker = Worker(runtime)
+    task = asyncio.create_task(worker.run(), name="worker")
+
+    async def stop() -> None:
+        await worker.drain()
+        task.cancel()
+        await asyncio.wait([task])
+
+    stack.push_async_callback(stop)
+    return worker
