@@ -12,10 +12,11 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 from weakref import WeakKeyDictionary
 
@@ -60,10 +61,12 @@ class Sandbox:
         default_factory=WeakKeyDictionary
     )
     _running: set[Session] = field(default_factory=set)
+    _tasks: "set[asyncio.Task[Any]]" = field(default_factory=set)
 
     @property
     def url(self) -> str:
-        return f"ws://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}{WEBSOCKET_PATH}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 (told apart, not bound)
+        return f"ws://{f'[{host}]' if ':' in host else host}:{self.port}{WEBSOCKET_PATH}"
 
     @property
     def active(self) -> int:
@@ -81,7 +84,8 @@ class Sandbox:
         self._keep(record)
         mischief = Mischief(steps)
         if (hang := mischief.find(HangUpgrade)) is not None:
-            await self.clock.sleep(hang.seconds)
+            with self._abandonable():
+                await self.clock.sleep(hang.seconds)
         if (refuse := mischief.find(Refuse)) is None:
             return None
         record.refused_status, record.ended_by, record.closed_at = refuse.status, "refused", time.monotonic()
@@ -107,18 +111,44 @@ class Sandbox:
         session = Session(connection, house, record, steps, keep_audio=self.keep_audio)
         self._running.add(session)
         try:
-            await session.run(query, cap, refusal)
+            with self._abandonable():
+                await session.run(query, cap, refusal)
         finally:
             self._running.discard(session)
+            session.over.set()
+
+    async def settled(self) -> None:
+        """Wait until no session is open, so that records are complete: a client sees the end before the sandbox."""
+        while self._running:
+            await next(iter(self._running)).over.wait()
 
     def abandon(self) -> None:
-        """Cut every session that is still there."""
-        for session in list(self._running):
-            session.wire.abort()
+        """Cut what is still there: a planned silence would otherwise outlast the sandbox."""
+        for connection in list(self._visits):
+            connection.transport.abort()
+        for task in self._tasks:
+            task.cancel()
+
+    @contextmanager
+    def _abandonable(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
 
     def _keep(self, record: SessionRecord) -> None:
         self.sessions.append(record)
         del self.sessions[: max(0, len(self.sessions) - self.max_records)]
+
+
+def _library_logger() -> logging.Logger:
+    """The library's logger, without a traceback for every client that leaves during the handshake."""
+    logger = logging.getLogger(f"{__name__}.websockets")
+    logger.filters = [lambda record: "handshake failed" not in str(record.msg)]
+    return logger
 
 
 def _record(ordinal: int, request: Request) -> SessionRecord:
@@ -165,7 +195,7 @@ async def run_sandbox(
         open_timeout=OPEN_TIMEOUT_S,
         close_timeout=CLOSE_TIMEOUT_S,
         ping_interval=None,  # not known of the service; planned pings are a fault
-        logger=logging.getLogger(f"{__name__}.websockets"),
+        logger=_library_logger(),
     )
     sandbox.port = server.sockets[0].getsockname()[1]
     try:

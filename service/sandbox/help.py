@@ -85,7 +85,8 @@ def _errors() -> str:
 
 FAULT_HELP = f"""\
 Fault file (--faults): JSON, {{"sessions": {{WHICH: [STEP, ...]}}}}. WHICH is a session's number, counted from 1 as they
-knock, a range (3-5, 6-) or * for all others. The moment of a step is `at_ms` (audio received) or `on`: open, begin or terminate.
+knock, a range (3-5, 6-) or * for all others. The moment of a step is `at_ms` (audio received) or `on`: open (before
+Begin), begin (right after it) or terminate.
 Example:
 {FAULT_EXAMPLE}
 Steps:

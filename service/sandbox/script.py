@@ -28,7 +28,7 @@ EXAMPLE = """\
 """
 
 HELP = f"""\
-Script file (--script): JSON, {{"turns": [...]}}, or {{"sessions": [[...], [...]]}} for one per session (the last repeats).
+Script file (--script): JSON, {{"turns": [...]}}, or {{"sessions": [[...], [...]]}}, one per session (the last repeats).
 Each turn has `text` and may have:
   start_ms, end_ms   its place in the session's audio; default: {GAP_MS} ms after the turn before, {WORD_MS} ms a word
   speaker            its label, sent when the client asks for speaker_labels (default A)

@@ -49,6 +49,7 @@ class Session:
         keep_audio: bool,
     ) -> None:
         self.wire = Wire(connection)
+        self.over = asyncio.Event()
         self._connection = connection
         self._house = house
         self._clock = house.clock
@@ -198,12 +199,14 @@ class Session:
     def _note(self, ending: Ending | Gone) -> None:
         record = self._record
         match ending:
+            case _ if record.termination_at is not None:
+                record.ended_by = "terminated"
             case Gone():
                 record.ended_by = "dropped" if self._connection.protocol.close_rcvd is None else "client_close"
             case ErrorFrame():
                 record.error, record.ended_by = ending.said, "server"
             case _:
-                record.ended_by = "server" if record.termination_at is None else "terminated"
+                record.ended_by = "server"
 
     def _bill(self) -> None:
         """Billed is session time: a session dropped without Terminate runs on until something else ends it.

@@ -107,7 +107,7 @@ class SpeechRecogniser:
         return await self._model.run(self, None)
 
     async def close(self) -> None:
-        self._segment, self._before = None, []
+        """What is held goes with the object; the thread may still be in it."""
 
     def hear(self, pcm: bytes | None) -> list[Heard]:
         heard: list[Heard] = []
