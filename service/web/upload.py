@@ -66,6 +66,11 @@ class UploadBody:
         if (self._source.length or 0) > self._max_body:
             raise self._too_large()
 
+    @property
+    def raw_length(self) -> int | None:
+        """The length of the file where it is the whole body and its Content-Length is known."""
+        return self._source.length if self._form is None else None
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The file's bytes as they arrive, at most 64 KiB at a time.
 

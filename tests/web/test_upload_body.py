@@ -85,7 +85,7 @@ async def test_fields_before_and_after_the_file() -> None:
     form = upload(receiving([body]), length=len(body))
     assert await read(form) == AUDIO
     assert form.fields == [("mode", "balanced"), ("keyterms_prompt", "Käse")]
-    assert form.filename == "audio.wav"
+    assert (form.filename, form.raw_length) == ("audio.wav", None)
 
 
 async def test_one_byte_at_a_time() -> None:
@@ -112,7 +112,7 @@ def test_any_split_gives_the_same(audio: bytes, data: st.DataObject) -> None:
 async def test_a_raw_body(kind: str | None) -> None:
     form = upload(receiving([b"RI", b"", b"FF"]), kind, 4)
     assert await read(form) == b"RIFF"
-    assert (form.fields, form.filename) == ([], None)
+    assert (form.fields, form.filename, form.raw_length) == ([], None, 4)
 
 
 @pytest.mark.parametrize(
