@@ -18,7 +18,7 @@ from service.backends.memory import MemoryBus, MemoryQueue
 from service.feed import Feed
 from service.intake import Intake
 from service.pacer import Pacer
-from service.ports import BlobStore, Bus, Clock, JobQueue
+from service.ports import BlobStore, Bus, Clock, JobQueue, Upstream
 from service.settings import Settings, SettingsError
 from service.store import Store, migrate, open_store
 from service.telemetry import metrics
@@ -66,8 +66,10 @@ class Runtime:
 
 
 @asynccontextmanager
-async def open_runtime(settings: Settings, *, clock: Clock | None = None) -> AsyncIterator[Runtime]:
-    """Open everything `settings` names. Raises `SettingsError` when it cannot be."""
+async def open_runtime(
+    settings: Settings, *, clock: Clock | None = None, upstream: Upstream | None = None
+) -> AsyncIterator[Runtime]:
+    """Open everything `settings` names; `clock` and `upstream` stand in for the outside world in tests. Raises `SettingsError`."""
     clock = clock or SystemClock()
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,10 +81,10 @@ async def open_runtime(settings: Settings, *, clock: Clock | None = None) -> Asy
         blobs = LocalBlobs(settings.data_dir / "audio")
         await blobs.sweep()
         queue, bus = MemoryQueue(clock), MemoryBus()
-        key = settings.assemblyai_api_key
-        upstream = await stack.enter_async_context(
-            AssemblyAI(settings.upstream_url, key.get_secret_value() if key is not None else None)
-        )
+        if upstream is None:
+            key = settings.assemblyai_api_key
+            client = AssemblyAI(settings.upstream_url, key.get_secret_value() if key is not None else None)
+            upstream = await stack.enter_async_context(client)
         yield Runtime(
             settings=settings,
             clock=clock,

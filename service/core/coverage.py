@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from service.core.job import Coverage, Gap, Session
 
 TOLERANCE_MS = 1500
+OVERLAP_MS = 1000
 
 
 def coverage(
@@ -38,10 +39,19 @@ def coverage(
 
 
 def known_to(session: Session, finalized: Mapping[str, int]) -> int:
-    """The position (ms of the file) up to which a session is known to have processed its audio: where a successor starts."""
+    """The position (ms of the file) up to which a session is known to have processed its audio."""
     if session.audio_duration_seconds is not None:
         return session.offset_ms + session.sent_ms
     return max(session.offset_ms, finalized.get(session.id, 0))
+
+
+def resume_from(sessions: Sequence[Session], finalized: Mapping[str, int]) -> int:
+    """Where in the file (ms) the next session of a channel starts, given those before it.
+
+    At the end of the last final turn; what a session heard after that and did not finalize when it ended properly is known to be silence, but for
+    a word that its end cut in two: that much is heard again, and not said twice because it was never said.
+    """
+    return max((max(finalized.get(s.id, 0), known_to(s, finalized) - OVERLAP_MS, s.offset_ms) for s in sessions), default=0)
 
 
 def _upstream_ms(session: Session) -> int:

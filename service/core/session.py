@@ -8,7 +8,7 @@ the caller's monotonic clock; nothing here reads one. Source: https://www.assemb
 from enum import StrEnum
 from typing import Literal
 
-from service.core.protocol import Begin, SessionEnd
+from service.core.protocol import SessionEnd
 
 OPENING_SECONDS = 10.0  # from the upgrade to Begin
 DRAINING_SECONDS = 30.0  # from Terminate to Termination
@@ -49,12 +49,12 @@ class Conversation:
     def _step(self, step: str) -> None:
         self.state = STEPS[self.state][step]
 
-    def begin(self, message: Begin, *, now: float, utc_s: float) -> None:
-        """Begin has arrived; `utc_s` is the wall clock its `expires_at` is measured by."""
+    def begin(self, *, now: float, lifetime: float | None) -> None:
+        """Begin has arrived; `lifetime` in seconds if it told when the session expires."""
         self._step("begin")
         self.deadline = float("inf")
-        if message.expires_at is not None:
-            self._lifetime = min(LIFETIME_SECONDS, max(1.0, message.expires_at - utc_s))
+        if lifetime is not None:
+            self._lifetime = min(LIFETIME_SECONDS, max(1.0, lifetime))
         self._expires = now + self._lifetime
 
     def finish(self, reason: Reason, *, now: float, within: float = DRAINING_SECONDS) -> None:

@@ -6,13 +6,13 @@ Writes go through `writer.Writer`; reads have connections of their own and hold 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import and_, delete, event, insert, or_, select, tuple_, update
+from sqlalchemy import Select, and_, delete, event, insert, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -25,6 +25,7 @@ from service.store.schema import count, events, jobs, now_ms, turns
 from service.store.writer import Writer
 
 MAX_STRIKES = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,11 @@ async def open_store(url: str) -> AsyncIterator["Store"]:
     read_engine = _engine(url, writing=False) if sqlite else write_engine
     writer = Writer(write_engine)
     task = asyncio.create_task(writer.run(), name="store-writer")
+    store = Store(read_engine, writer, insert_ignoring=sqlite_insert if sqlite else pg_insert)
     try:
-        yield Store(read_engine, writer, insert_ignoring=sqlite_insert if sqlite else pg_insert)
+        yield store
     finally:
+        await store.settle()
         writer.close()
         await task
         for engine in {read_engine, write_engine}:
@@ -131,6 +134,7 @@ class Store:
         self._readers = readers
         self._writer = writer
         self._insert_ignoring = insert_ignoring
+        self._reading: set[asyncio.Task[Any]] = set()
 
     # --- by callers ---------------------------------------------------------------------------------------------------
 
@@ -287,11 +291,12 @@ class Store:
 
     async def get(self, job_id: str) -> Record | None:
         """The job, with its place in the queue."""
-        async with self._readers.connect() as connection:
+
+        async def run(connection: AsyncConnection) -> Record | None:
             row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).mappings().first()
-            if row is None:
-                return None
-            return await self._placed(connection, _record(row))
+            return None if row is None else await self._placed(connection, _record(row))
+
+        return await self._read(run)
 
     async def list(
         self,
@@ -315,9 +320,12 @@ class Store:
             query = query.where(jobs.c.created_ms >= created_after_ms)
         if created_before_ms is not None:
             query = query.where(jobs.c.created_ms < created_before_ms)
-        async with self._readers.connect() as connection:
+
+        async def run(connection: AsyncConnection) -> Sequence[Record]:
             rows = (await connection.execute(query)).mappings().all()
             return [await self._placed(connection, _record(row)) for row in rows]
+
+        return await self._read(run)
 
     async def events_after(self, job_id: str, seq: int, limit: int = 100) -> Sequence[Event]:
         """The log of a job after `seq`, at most `limit` of it."""
@@ -327,19 +335,17 @@ class Store:
             .order_by(events.c.seq)
             .limit(limit)
         )
-        async with self._readers.connect() as connection:
-            return [Event(job_id, seq, kind, doc) for seq, kind, doc in (await connection.execute(query)).all()]
+        return [Event(job_id, seq, kind, doc) for seq, kind, doc in await self._rows(query)]
 
     async def newest_seq(self, job_id: str) -> int | None:
         """The newest event number; None if there is no such job."""
-        async with self._readers.connect() as connection:
-            return (await connection.execute(select(jobs.c.event_seq).where(jobs.c.id == job_id))).scalar()
+        rows = await self._rows(select(jobs.c.event_seq).where(jobs.c.id == job_id))
+        return rows[0][0] if rows else None
 
     async def turns(self, job_id: str, *, after: int = -1, limit: int | None = None) -> Sequence[Turn]:
         """Final turns with an index above `after`, in order."""
         query = select(turns.c.doc).where(turns.c.job_id == job_id, turns.c.idx > after).order_by(turns.c.idx).limit(limit)
-        async with self._readers.connect() as connection:
-            return [turn_from_json(doc) for (doc,) in (await connection.execute(query)).all()]
+        return [turn_from_json(doc) for (doc,) in await self._rows(query)]
 
     async def stranded(self, limit: int = 1000) -> Sequence[tuple[str, int]]:
         """Jobs that wait for a worker, oldest first, with their epochs: what the reconciler rings for."""
@@ -348,21 +354,40 @@ class Store:
             and_(jobs.c.status == Status.PROCESSING, jobs.c.lease_until_ms <= now_ms()),
         )
         query = select(jobs.c.id, jobs.c.epoch).where(waiting).order_by(jobs.c.created_ms, jobs.c.id).limit(limit)
-        async with self._readers.connect() as connection:
-            return [(job_id, epoch) for job_id, epoch in (await connection.execute(query)).all()]
+        return [(job_id, epoch) for job_id, epoch in await self._rows(query)]
 
     async def queue(self) -> tuple[int, int | None]:
         """How many jobs are queued, and since when the oldest (Unix ms)."""
         query = select(count(), schema.func.min(jobs.c.created_ms)).where(jobs.c.status == Status.QUEUED)
-        async with self._readers.connect() as connection:
-            depth, oldest = (await connection.execute(query)).one()
-            return depth, oldest
+        depth, oldest = (await self._rows(query))[0]
+        return depth, oldest
 
     async def check(self) -> str:
         """Raises when the database does not answer."""
-        async with self._readers.connect() as connection:
-            await connection.execute(select(now_ms()))
+        await self._rows(select(now_ms()))
         return "answers"
+
+    async def _rows(self, query: Select[Any]) -> Sequence[Any]:
+        async def run(connection: AsyncConnection) -> Sequence[Any]:
+            return (await connection.execute(query)).all()
+
+        return await self._read(run)
+
+    async def _read(self, run: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Read in a task of its own: a caller that is cancelled half way must not tear the connection."""
+
+        async def read() -> T:
+            async with self._readers.connect() as connection:
+                return await run(connection)
+
+        task = asyncio.create_task(read())
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+        return await asyncio.shield(task)
+
+    async def settle(self) -> None:
+        """Wait for reads whose callers have left."""
+        await asyncio.gather(*self._reading, return_exceptions=True)
 
     # --- shared -------------------------------------------------------------------------------------------------------
 

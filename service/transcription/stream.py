@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from service.core import protocol
-from service.core.coverage import known_to
+from service.core.coverage import resume_from
 from service.core.job import Closed, Failure, Session, Stage
 from service.core.options import upstream_options
 from service.core.pacing import Schedule, backoff
@@ -167,7 +167,8 @@ class ChannelStream:
                 if not await self._pause(work.gate.reserve(), Stage.WAITING_FOR_CAPACITY):
                     break
                 work.recorder.stage(Stage.RECONNECTING if self._losses else Stage.CONNECTING)
-                end = await self._run_session(max(0, min(self._position_ms(), self._total_ms - TAIL_MS)))
+                position = resume_from(self._sessions(), work.recorder.finalized)
+                end = await self._run_session(max(0, min(position, self._total_ms - TAIL_MS)))
                 if end is not None and (outcome := await self._lost(end)):
                     return outcome
             return Outcome("stopped")
@@ -181,12 +182,10 @@ class ChannelStream:
     def _sessions(self) -> list[Session]:
         return [session for session in self._work.recorder.job.sessions if session.channel == self._channel]
 
-    def _position_ms(self) -> int:
-        return max((known_to(session, self._work.recorder.finalized) for session in self._sessions()), default=0)
-
     def _all_terminated(self) -> bool:
-        sessions = self._sessions()
-        return bool(sessions) and sessions[-1].audio_duration_seconds is not None and self._position_ms() >= self._total_ms
+        """Whether the newest session of the channel took it to its end and ended properly."""
+        newest = self._sessions()[-1:]
+        return any(s.audio_duration_seconds is not None and s.offset_ms + s.sent_ms >= self._total_ms for s in newest)
 
     async def _pause(self, seconds: float, stage: Stage | None = None) -> bool:
         """Wait, unless stopped; whether to go on."""
@@ -312,7 +311,10 @@ class ChannelStream:
 
     def _begin(self, message: Begin, position_ms: int) -> Session:
         work = self._work
-        self._conversation.begin(message, now=work.clock.now(), utc_s=work.clock.utc_ms() / 1000)
+        lifetime = None
+        if message.expires_at is not None:  # by the wall; the deadline is kept on our own clock, which no one sets
+            lifetime = (message.expires_at - work.clock.utc_ms() / 1000) / work.clock.real(1)
+        self._conversation.begin(now=work.clock.now(), lifetime=lifetime)
         self._reschedule()
         model = message.configuration.model if message.configuration else None
         session = self._session = Session(
