@@ -8,7 +8,7 @@ merged to the newest, and reads the log when it is behind the tail. No database 
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -49,11 +49,18 @@ class Feed:
         self._bus = bus
         self._clock = clock
         self._hubs: dict[str, _Hub] = {}
+        self._ending = False
 
-    async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+    def end(self) -> None:
+        """Let every follower return once it has caught up with the log, those to come too: the process stops."""
+        self._ending = True
+        for hub in self._hubs.values():
+            hub.wake()
+
+    async def follow(self, job_id: str, after: int = 0) -> AsyncGenerator[Event, None]:
         """Every durable event after `after` exactly once and in order, and between them partials and progress as they are.
 
-        Ends after the newest event once that is terminal, or when the job is deleted.
+        Ends after the newest event once that is terminal, when the job is deleted, or at `end`. Who leaves early closes it.
         """
         hub = self._hubs.get(job_id)
         if hub is None:
@@ -72,7 +79,7 @@ class Feed:
                     for event in page:
                         yield event
                         cursor = event.seq or cursor
-                if hub.ended:
+                if hub.ended or self._ending:
                     return
                 version = hub.version
                 for event in hub.current(seen):
@@ -154,7 +161,7 @@ class _Hub:
                     await self._take(subscription)
         finally:
             self.ready.set()
-            self._notify()
+            self.wake()
 
     async def _take(self, subscription: Subscription) -> None:
         try:
@@ -165,7 +172,7 @@ class _Hub:
             return
         if event.type == DELETED:
             self.gone = True
-            self._notify()
+            self.wake()
         elif event.seq is None:
             self._ephemeral(event)
         elif event.seq == self.last + 1:
@@ -178,7 +185,7 @@ class _Hub:
         newest = await self._store.newest_seq(self._job_id)
         if newest is None:
             self.gone = True
-            self._notify()
+            self.wake()
             return
         if not self.ready.is_set():
             # Followers replay from the store by themselves; the hub needs the newest event only, to know whether the job has ended.
@@ -212,7 +219,7 @@ class _Hub:
             if partial.after_seq <= self.last:
                 del self._held[session]
                 self._partial(key, partial)
-        self._notify()
+        self.wake()
 
     def _ephemeral(self, event: Event) -> None:
         if self.ended or event.after_seq < self._first:
@@ -225,14 +232,15 @@ class _Hub:
                 self._partial(head.turn, event)
         elif self._progress is None or head.sent_ms >= self._progress[1]:
             self._progress = (self.version + 1, head.sent_ms, event)
-            self._notify()
+            self.wake()
 
     def _partial(self, key: _Key, event: Event) -> None:
         if key.turn_order > self._final.get(key.session_id, -1):
             self._partials[key.session_id] = (self.version + 1, key, event)
-            self._notify()
+            self.wake()
 
-    def _notify(self) -> None:
+    def wake(self) -> None:
+        """Tell every follower that there may be something new."""
         self.version += 1
         waiting, self._waiting = self._waiting, deque()
         if waiting:
