@@ -307,6 +307,7 @@ class Store:
         before: tuple[int, str] | None = None,
         created_after_ms: int | None = None,
         created_before_ms: int | None = None,
+        name_contains: str = "",
     ) -> Sequence[Record]:
         """Whole jobs, newest first, ties by id; `before` is the (created_ms, id) of the last one seen."""
         query = select(jobs).order_by(jobs.c.created_ms.desc(), jobs.c.id.desc()).limit(limit)
@@ -320,6 +321,8 @@ class Store:
             query = query.where(jobs.c.created_ms >= created_after_ms)
         if created_before_ms is not None:
             query = query.where(jobs.c.created_ms < created_before_ms)
+        if name_contains:
+            query = query.where(schema.filename().icontains(name_contains, autoescape=True))
 
         async def run(connection: AsyncConnection) -> Sequence[Record]:
             rows = (await connection.execute(query)).mappings().all()

@@ -64,5 +64,22 @@ def _now_ms_sqlite(element: now_ms, compiler: object, **kw: object) -> str:
     return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
 
+class filename(FunctionElement[str]):  # noqa: N801 - reads as a function in queries
+    """The file's name of a row of `jobs`, out of its document."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(filename)
+def _filename(element: filename, compiler: object, **kw: object) -> str:
+    return "(convert_from(jobs.doc, 'UTF8')::json ->> 'filename')"
+
+
+@compiles(filename, "sqlite")
+def _filename_sqlite(element: filename, compiler: object, **kw: object) -> str:
+    return "json_extract(CAST(jobs.doc AS TEXT), '$.filename')"
+
+
 ONE = literal_column("1")
 count = func.count
