@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 from sqlalchemy import Select, and_, delete, event, insert, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from service.core.errors import Fenced
+from service.core.errors import Fenced, Unavailable
 from service.core.job import Claim, Event, Job, Status, Turn, job_from_json, to_json, turn_from_json
 from service.store import schema
 from service.store.schema import count, events, jobs, now_ms, turns
@@ -377,11 +379,14 @@ class Store:
         return await self._read(run)
 
     async def _read(self, run: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Read in a task of its own: a caller that is cancelled half way must not tear the connection."""
+        """Read in a task of its own: a caller that is cancelled half way must not tear the connection. Raises `Unavailable`."""
 
         async def read() -> T:
-            async with self._readers.connect() as connection:
-                return await run(connection)
+            try:
+                async with self._readers.connect() as connection:
+                    return await run(connection)
+            except (OperationalError, InterfaceError, PoolTimeout) as exc:
+                raise Unavailable from exc
 
         task = asyncio.create_task(read())
         self._reading.add(task)
