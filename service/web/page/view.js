@@ -1,0 +1,362 @@
+// One job on the page: puts state, stream, transcript, waveform, player, card, details together and draws what changed, once a frame.
+
+import { link, Problem, request } from "./api.js";
+import { Actions, toast } from "./actions.js";
+import { Card } from "./card.js";
+import { Details } from "./details.js";
+import { $, announce, say, show, swapIcon } from "./dom.js";
+import { Follow } from "./follow.js";
+import { Heard, placeAt } from "./heard.js";
+import { Inspector } from "./inspector.js";
+import { JobState } from "./job.js";
+import { Player } from "./player.js";
+import { describe, STEPS, stepOf } from "./status.js";
+import { Stream } from "./stream.js";
+import { Transcript } from "./transcript.js";
+import { Waveform } from "./waveform.js";
+import { clock, count } from "./words.js";
+
+const NOTE_MS = 6000;
+const QUEUE_MS = 3000; // no event tells a place in the queue
+
+export class View {
+  #on;
+  #transcript = new Transcript($("log"), $("partials"));
+  #heard = new Heard(this.#transcript);
+  #follow = new Follow($("reading"), $("log").parentElement, () => this.draw());
+  #wave = new Waveform({ box: $("wave"), canvas: $("canvas"), playhead: $("playhead"), tip: $("tip") }, (ms) => this.#seek(ms));
+  #actions = new Actions(this);
+  #card = new Card($("card"), this);
+  #details = new Details();
+  #inspector = new Inspector();
+  #stream = null;
+  #player = null;
+  #connection = { name: "connecting" };
+  #due = false;
+  #fresh = 0; // turns added since the reader let go
+  #chosen = -1; // the turn J and K are at
+  #queueTimer = 0;
+  #noteTimer = 0;
+
+  /** `on.changed(job)` for the rail, `on.deleted()`. */
+  constructor(on) {
+    this.#on = on;
+    this.state = null;
+    $("jump").addEventListener("click", () => this.live());
+    $("log").addEventListener("click", (event) => this.#click(event));
+    $("reading").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && this.#chosen >= 0) this.playFrom(this.state.turns[this.#chosen].start_ms);
+    });
+    $("play").addEventListener("click", () => this.toggle());
+    $("sound").addEventListener("click", () => (this.#player.inStep ? this.#player.listen(!this.#player.listening) : this.#player.mute()));
+    $("rate").addEventListener("click", () => this.#player.nextRate());
+    $("details-open").addEventListener("click", () => this.toggleDetails());
+    $("details-close").addEventListener("click", () => this.toggleDetails());
+    $("speak").addEventListener("click", () => this.#speak());
+  }
+
+  open(id) {
+    this.close();
+    this.state = new JobState(id);
+    this.#stream = new Stream(this.state, {
+      state: (name, detail) => this.#connected(name, detail),
+      event: (event, raw) => this.#inspector.add(event, raw) ?? this.draw(),
+      job: () => this.#seeded(),
+    });
+    this.#player = new Player(id, { changed: () => this.draw(), failed: (text) => this.#silent(text) });
+    this.#inspector.open(id);
+    $("wave").removeAttribute("aria-valuetext");
+    say($("sound-note"), "");
+    this.#stream.start();
+  }
+
+  close() {
+    if (!this.state) return;
+    this.#stream.stop();
+    this.#player.close();
+    clearTimeout(this.#queueTimer);
+    this.state = null;
+    this.#fresh = 0;
+    this.#chosen = -1;
+    this.#heard.mark([], null);
+    this.#transcript.clear();
+    this.#details.clear();
+    this.#wave.reset(0);
+    for (const id of ["title", "sentence", "aside", "blank"]) say($(id), "");
+    $("log").setAttribute("aria-live", "off");
+  }
+
+  /** Draw with the next frame. */
+  draw() {
+    if (this.#due) return;
+    this.#due = true;
+    requestAnimationFrame(() => {
+      this.#due = false;
+      if (this.state?.job) this.#draw();
+      else if (this.state) this.#head();
+    });
+  }
+
+  // --- what people do
+
+  live() {
+    if (!this.state) return;
+    this.#fresh = 0;
+    this.#player.live();
+    this.#follow.hold();
+    this.draw();
+  }
+
+  async toggle() {
+    if (this.#chosen >= 0 && this.#player.positionMs === null && !this.#player.inStep) return this.playFrom(this.state.turns[this.#chosen].start_ms);
+    return this.#player.toggle();
+  }
+
+  playFrom(ms) {
+    this.#player.playFrom(ms);
+  }
+
+  skip(ms) {
+    const now = this.#player.positionMs ?? this.state.job?.progress.sent_ms ?? 0;
+    this.#seek(Math.min(this.state.job?.audio.duration_ms ?? 0, Math.max(0, now + ms)));
+  }
+
+  /** The next or the former turn. */
+  step(by) {
+    const { turns } = this.state;
+    if (!turns.length) return;
+    const from = this.#chosen >= 0 ? this.#chosen : by > 0 ? -1 : turns.length;
+    this.#chosen = Math.min(turns.length - 1, Math.max(0, from + by));
+    const { element } = this.#transcript.at(this.#chosen);
+    if (this.#chosen < turns.length - 1) this.#follow.release();
+    element.focus({ preventScroll: true });
+    element.scrollIntoView({ block: "nearest" });
+    if (this.#player.playing && !this.#player.inStep) this.#player.seek(turns[this.#chosen].start_ms);
+  }
+
+  toggleDetails() {
+    const open = $("details").hidden;
+    $("details").hidden = !open;
+    $("details-open").setAttribute("aria-expanded", String(open));
+    if (open) $("details-close").focus();
+    else $("details-open").focus();
+    this.draw();
+  }
+
+  /** After a retry: the job lives again. */
+  again() {
+    this.#follow.hold();
+    this.#stream.start();
+  }
+
+  /** The rail saw the job in another status than this page: it was retried elsewhere. */
+  noticed(job) {
+    if (this.state?.id === job.id && this.state.terminal && job.status !== this.state.job.status) this.again();
+  }
+
+  /** The network is back, or a key is there. */
+  hurry() {
+    if (this.#connection.name === "signed-out") this.#stream.start();
+    else this.#stream?.hurry();
+  }
+
+  deleted() {
+    this.#stream.stop();
+    this.#on.deleted();
+  }
+
+  // --- what happens
+
+  #connected(name, detail) {
+    const note = name === "live" && detail.again ? (detail.replayed ? `replayed ${detail.replayed}` : "nothing missed") : this.#connection.note;
+    this.#connection = { name, ...detail, note };
+    if (name === "live" && detail.again) {
+      clearTimeout(this.#noteTimer);
+      this.#noteTimer = setTimeout(() => {
+        this.#connection.note = "";
+        this.draw();
+      }, NOTE_MS);
+    }
+    if (name === "gone") this.#gone();
+    this.draw();
+  }
+
+  async #seeded() {
+    const { state } = this;
+    const { job } = state;
+    clearTimeout(this.#queueTimer);
+    if (job.status === "queued") this.#queueTimer = setTimeout(() => this.#askQueue(), QUEUE_MS);
+    if ($("title").textContent === "") {
+      say($("title"), job.filename);
+      if (state.terminal) this.#follow.release();
+      else this.#follow.hold();
+      this.#wave.reset(job.audio.duration_ms);
+      try {
+        const answer = await request(`/jobs/${job.id}/peaks`);
+        const peaks = await answer.json();
+        if (this.state === state) this.#wave.peaks(peaks);
+      } catch {
+        // Without peaks the line stays flat; nothing else depends on them.
+      }
+    }
+    this.draw();
+  }
+
+  async #askQueue() {
+    const { state } = this;
+    if (state?.job?.status !== "queued") return;
+    try {
+      const job = await (await request(`/jobs/${state.id}`)).json();
+      if (state.job.status === "queued") state.job.queue_position = job.queue_position;
+      this.draw();
+    } catch {
+      // The stream says what is wrong.
+    }
+    if (this.state === state) this.#queueTimer = setTimeout(() => this.#askQueue(), QUEUE_MS);
+  }
+
+  #gone() {
+    say($("title"), "No such job");
+    say($("sentence"), "");
+    say($("blank"), "There is no such job: it was deleted, its time of keeping ran out, or it belongs to another key.");
+    show($("blank"), true);
+  }
+
+  #silent(sentence) {
+    say($("sound-note"), sentence);
+    if (!this.state) toast(sentence);
+  }
+
+  #seek(ms) {
+    if (!this.state?.job) return;
+    if (this.#player.playing) this.#player.seek(ms);
+    else this.#player.playFrom(ms);
+  }
+
+  #click(event) {
+    if (!getSelection().isCollapsed) return;
+    const ms = placeAt(this.#transcript, this.state.turns, event.target, event.clientX, event.clientY);
+    if (ms !== null) this.playFrom(ms);
+  }
+
+  #speak() {
+    const on = $("speak").getAttribute("aria-checked") !== "true";
+    $("speak").setAttribute("aria-checked", String(on));
+    announce(on ? "Turns are announced" : "Turns are not announced");
+    this.draw();
+  }
+
+  // --- drawing
+
+  #draw() {
+    const { state } = this;
+    const { job } = state;
+    const added = this.#transcript.render(state);
+    if (!this.#follow.holding && state.caughtUp) this.#fresh += added;
+    else this.#fresh = 0;
+    this.#follow.stick();
+    this.#head();
+    this.#steps(job);
+    this.#wave.sent(job.progress.sent_ms);
+    this.#wave.turns(state.turns);
+    this.#card.render(state);
+    this.#actions.render(state);
+    this.#details.render(state);
+    this.#inspector.render();
+    this.#jump();
+    this.#sound();
+    // What was there before the page came is not news to a listener.
+    const speak = state.caughtUp && !state.terminal && $("speak").getAttribute("aria-checked") === "true";
+    $("log").setAttribute("aria-live", speak ? "polite" : "off");
+    this.#on.changed(job);
+  }
+
+  #head() {
+    const { state } = this;
+    const { tone, sentence, aside } = describe(state, this.#connection);
+    if (this.#connection.name === "gone") return;
+    $("mark").dataset.tone = tone;
+    say($("sentence"), sentence);
+    say($("aside"), aside);
+    if (!state.job) return;
+    const { job } = state;
+    show($("sandbox-mark"), job.sessions.some(({ model }) => model === "sandbox"));
+    say($("position"), clock(this.#player.mode === "free" && this.#player.positionMs !== null ? this.#player.positionMs : job.progress.sent_ms));
+    say($("total"), clock(job.audio.duration_ms));
+    say($("blank"), blank(state));
+    show($("blank"), state.turns.length === 0 && state.partials.size === 0);
+    document.title = `${tone === "live" ? "● " : ""}${job.filename} – Turnwire`;
+  }
+
+  #steps(job) {
+    drawSteps($("steps"), stepOf(job));
+  }
+
+  #jump() {
+    const { terminal } = this.state;
+    const wanted = !this.#follow.holding && (!terminal || this.#fresh > 0);
+    show($("jump"), wanted);
+    if (wanted) say($("jump-text"), [terminal ? "Jump to the end" : "Jump to live", this.#fresh ? `${this.#fresh} new` : ""].filter(Boolean).join(" · "));
+  }
+
+  #sound() {
+    const { state } = this;
+    const player = this.#player;
+    player.stream(state.job.progress.sent_ms, this.#connection.name === "live" && state.job.stage === "streaming", !state.terminal);
+    const step = player.inStep;
+    show($("play"), !step);
+    show($("rate"), !step);
+    swapIcon($("play"), player.playing ? "pause" : "play");
+    $("play").setAttribute("aria-label", player.playing ? "Pause" : "Play");
+    say($("rate"), `${player.rate}×`);
+    $("rate").setAttribute("aria-label", `Speed: ${player.rate}×`);
+    const heard = step ? player.listening : !player.muted;
+    swapIcon($("sound"), heard ? "sound" : "mute");
+    $("sound").setAttribute("aria-pressed", String(heard));
+    $("sound").setAttribute("aria-label", step ? "Listen along" : "Sound");
+    say($("sound").querySelector(".label"), step ? (heard ? "Listening" : "Listen") : "");
+    this.#ear();
+  }
+
+  /** Mark the words that are heard; again with the next frame while something plays. */
+  #ear() {
+    const player = this.#player;
+    const ms = player.mode === "free" || player.listening ? player.positionMs : null;
+    const index = this.#heard.mark(this.state.turns, ms);
+    this.#wave.head(ms);
+    this.#wave.value(ms ?? this.state.job.progress.sent_ms);
+    if (!player.playing) return;
+    if (index >= 0 && index !== this.#chosen) {
+      this.#chosen = index;
+      if (!this.#follow.holding) keepInView(this.#transcript.at(index).element, $("reading"));
+    }
+    this.draw();
+  }
+}
+
+/** Scroll so that what is heard stays in sight, unless the reader has gone elsewhere. */
+function keepInView(element, scroller) {
+  const [box, frame] = [element.getBoundingClientRect(), scroller.getBoundingClientRect()];
+  const below = box.bottom > frame.bottom && box.top < frame.bottom + frame.height / 2;
+  if (below) element.scrollIntoView({ block: "center" });
+}
+
+export function drawSteps(list, current) {
+  show(list, current !== null);
+  if (current === null || list.dataset.current === current) return;
+  list.dataset.current = current;
+  const at = STEPS.indexOf(current);
+  list.replaceChildren(...STEPS.map((step, i) => {
+    const item = document.createElement("li");
+    item.textContent = step;
+    item.dataset.state = i < at ? "done" : i === at ? "current" : "next";
+    if (i === at) item.setAttribute("aria-current", "step");
+    return item;
+  }));
+}
+
+function blank({ job, terminal }) {
+  if (terminal) return job.status === "completed" ? "Nothing was said in this file." : "No turn was finished.";
+  if (job.status === "processing" && job.stage === "streaming") return "The first words will stand here.";
+  return "";
+}
