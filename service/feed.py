@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import msgspec
 
+from service.core.errors import Unavailable
 from service.core.job import DELETED, LISTENING, Event, hint
 from service.ports import Bus, Clock, Subscription
 from service.store import Store
@@ -33,7 +34,7 @@ class _Head(msgspec.Struct):
     """What the hub needs to know of an event's payload."""
 
     turn: _Key | None = None
-    session_id: str = ""
+    session_id: str | None = None
     sent_ms: int = 0
 
 
@@ -63,7 +64,7 @@ class Feed:
         Ends after the newest event once that is terminal, when the job is deleted, or at `end`. Who leaves early closes it.
         """
         hub = self._hubs.get(job_id)
-        if hub is None:
+        if hub is None or hub.over:
             hub = self._hubs[job_id] = _Hub(job_id, self._store, self._bus, self._clock)
         hub.followers += 1
         metrics.followers.inc()
@@ -110,11 +111,10 @@ class _Hub:
         self._clock = clock
         self._tail: deque[Event] = deque(maxlen=TAIL)
         self._partials: dict[str, tuple[int, _Key, Event]] = {}  # session → (version, key, event)
-        self._held: dict[str, tuple[_Key, Event]] = {}  # partials ahead of the durable event they must follow
         self._final: dict[str, float] = {}  # session → highest turn order that is final
         self._progress: tuple[int, int, Event] | None = None  # version, sent_ms, event
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._first = 0  # `last` when the hub started; what came before it is not known here
+        self._floor = 0  # what followed an older event is of a run that is over, or from before this hub
         self._task = asyncio.create_task(self._listen(), name=f"feed-{job_id}")
 
     # --- followers ----------------------------------------------------------------------------------------------------
@@ -139,6 +139,11 @@ class _Hub:
         self._waiting.append(future)
         await future
 
+    @property
+    def over(self) -> bool:
+        """Whether nobody listens any more; a slow follower may still be reading what there was."""
+        return self._task.done()
+
     def check(self) -> None:
         """Raise what ended the listening task."""
         if self._task.done() and not self._task.cancelled():
@@ -154,11 +159,12 @@ class _Hub:
         try:
             async with self._bus.subscribe(f"events.{self._job_id}") as subscription:
                 await self._catch_up()
-                self._first = self.last
+                self._floor = self.last
                 self.ready.set()
                 await self._bus.publish(f"control.{self._job_id}", hint(self._job_id, LISTENING))
                 while not self.gone:
-                    await self._take(subscription)
+                    with suppress(Unavailable):  # asked again at the next event, or after a silence
+                        await self._take(subscription)
         finally:
             self.ready.set()
             self.wake()
@@ -173,12 +179,13 @@ class _Hub:
         if event.type == DELETED:
             self.gone = True
             self.wake()
-        elif event.seq is None:
-            self._ephemeral(event)
-        elif event.seq == self.last + 1:
+            return
+        if event.seq == self.last + 1:
             self._durable(event)
-        elif event.seq > self.last:
-            await self._catch_up()
+        elif max(event.seq or 0, event.after_seq) > self.last:
+            await self._catch_up()  # it was committed before anyone was told of what follows it
+        if event.seq is None:
+            self._ephemeral(event)
 
     async def _catch_up(self) -> None:
         """Take from the store what the bus did not bring."""
@@ -208,35 +215,26 @@ class _Hub:
             if held and held[1].turn_order <= key.turn_order:
                 del self._partials[key.session_id]
         elif event.type == "session.lost":
-            session = _head(event.json).session_id
-            self._final[session] = float("inf")
-            self._partials.pop(session, None)
+            session = _head(event.json).session_id or ""
+            if session is not None:  # None: it never began
+                self._final[session] = float("inf")
+                self._partials.pop(session, None)
         elif event.type == "job.restarted" or event.terminal:
             self._partials.clear()
-            self._held.clear()
             self._progress = None
-        for session, (key, partial) in list(self._held.items()):
-            if partial.after_seq <= self.last:
-                del self._held[session]
-                self._partial(key, partial)
+            self._floor = self.last
         self.wake()
 
     def _ephemeral(self, event: Event) -> None:
-        if self.ended or event.after_seq < self._first:
+        if self.ended or not self._floor <= event.after_seq <= self.last:
             return
         head = _head(event.json)
-        if head.turn is not None:
-            if event.after_seq > self.last:
-                self._held[head.turn.session_id] = (head.turn, event)
-            else:
-                self._partial(head.turn, event)
-        elif self._progress is None or head.sent_ms >= self._progress[1]:
-            self._progress = (self.version + 1, head.sent_ms, event)
-            self.wake()
-
-    def _partial(self, key: _Key, event: Event) -> None:
-        if key.turn_order > self._final.get(key.session_id, -1):
-            self._partials[key.session_id] = (self.version + 1, key, event)
+        if head.turn is None:
+            if self._progress is None or head.sent_ms >= self._progress[1]:
+                self._progress = (self.version + 1, head.sent_ms, event)
+                self.wake()
+        elif head.turn.turn_order > self._final.get(head.turn.session_id, -1):
+            self._partials[head.turn.session_id] = (self.version + 1, head.turn, event)
             self.wake()
 
     def wake(self) -> None:
