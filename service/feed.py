@@ -71,8 +71,7 @@ class Feed:
         try:
             await hub.ready.wait()
             cursor, seen = after, 0
-            while not hub.gone:
-                hub.check()
+            while True:
                 while cursor < hub.last:
                     page = hub.tail_after(cursor) or await self._store.events_after(job_id, cursor, PAGE)
                     if not page:
@@ -80,12 +79,14 @@ class Feed:
                     for event in page:
                         yield event
                         cursor = event.seq or cursor
-                if hub.ended or self._ending:
+                hub.check()
+                if hub.gone or hub.ended or self._ending:
                     return
-                version = hub.version
-                for event in hub.current(seen):
-                    yield event
-                seen = version
+                version = hub.version  # from here on every change is noticed
+                if cursor == hub.last:  # a follower who comes from elsewhere may know more than this hub
+                    for event in hub.current(seen):
+                        yield event
+                    seen = version
                 if hub.version == version:
                     await hub.changed()
         finally:
