@@ -1,0 +1,46 @@
+"""Fixtures for every suite: a store of its own for each test, checked for leaks when the test is over."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from service.runtime import SystemClock
+from service.store import Store, migrate, open_store
+
+settings.register_profile("turnwire", deadline=None)  # two busy cores: how long one example takes says nothing
+settings.load_profile("turnwire")
+
+
+@pytest.fixture
+def clock() -> SystemClock:
+    """The wall's time."""
+    return SystemClock()
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with the schema and nothing in it, to be copied."""
+    path = tmp_path_factory.mktemp("database") / "empty.db"
+    asyncio.run(migrate(f"sqlite+aiosqlite:///{path}"))
+    return path
+
+
+@pytest.fixture
+def database(migrated: Path, tmp_path: Path) -> str:
+    """The URL of an empty database."""
+    shutil.copy(migrated, tmp_path / "turnwire.db")
+    return f"sqlite+aiosqlite:///{tmp_path / 'turnwire.db'}"
+
+
+@pytest.fixture
+async def store(database: str) -> AsyncIterator[Store]:
+    """An open store."""
+    async with open_store(database) as opened:
+        yield opened
+        await opened.settle()
+        status = opened._readers.pool.status()
+        assert "Current Checked out connections: 0" in status, "a connection was not given back"
