@@ -82,7 +82,8 @@ async def test_every_word_exactly_once(tmp_path: Path, name: str) -> None:
     async with running(tmp_path, faults=row.faults) as kit:
         job, events = await kit.run(marked_wav(DURATION_MS))
         assert (job.status, job.error) == ("completed", None)
-        assert spoken(events) == WORDS
+        said = spoken(events)  # turns are in order of arrival
+        assert (sorted(said, key=lambda word: int(word[1:])) if "swapped" in name else said) == WORDS
         assert sum(event["type"] == "session.lost" for event in events) == row.lost
         assert job.coverage is not None
         assert job.coverage.complete == row.complete
@@ -160,7 +161,7 @@ async def test_an_outage_is_waited_out_for_the_patience_and_no_longer(tmp_path: 
 
 @pytest.mark.parametrize("fault", ["too_many", "too_many_3009"])
 async def test_no_capacity_sends_the_job_back_to_the_queue(tmp_path: Path, fault: str) -> None:
-    async with running(tmp_path, faults=plan(E(name=fault), session="1-2")) as kit:
+    async with running(tmp_path, faults=plan(E(name=fault), session="1-2"), speed=40) as kit:
         job, events = await kit.run(marked_wav(2000))
         assert (job.status, job.attempt) == ("completed", 3)
         assert spoken(events) == words(10)

@@ -2,7 +2,7 @@
 
 A range counts as covered when a session that ended with Termination was handed it, or when a session finalized past it. Anything else is a
 gap. `complete` means: no gap, and each terminated session says it processed what it was sent, give or take 1,500 ms, because upstream counts
-whole seconds.
+whole seconds; and each channel's newest session was properly terminated, for only that says that nothing was still to be said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,14 @@ def coverage(
 ) -> Coverage:
     """Account for the file; `finalized` maps a session's id to the end of its last final turn (ms of the file)."""
     gaps: list[tuple[int, int]] = []
-    sent = file_ms
+    sent, ended = file_ms, True
     for channel in channels:
         own = [session for session in sessions if session.channel == channel]
         handed = _union([(s.offset_ms, s.offset_ms + s.sent_ms) for s in own], file_ms)
         known = _union([(s.offset_ms, known_to(s, finalized)) for s in own], file_ms)
         sent = min(sent, sum(end - start for start, end in handed))
         gaps += _complement(known, file_ms)
+        ended = ended and bool(own) and own[-1].audio_duration_seconds is not None
     terminated = [s for s in sessions if s.audio_duration_seconds is not None]
     agrees = all(abs(_upstream_ms(s) - s.sent_ms) <= TOLERANCE_MS for s in terminated)
     merged = _union(gaps, file_ms)
@@ -34,7 +35,7 @@ def coverage(
         upstream_ms=sum(_upstream_ms(s) for s in terminated) if terminated else None,
         gaps=[Gap(start, end) for start, end in merged],
         last_word_ms=max(finalized.values(), default=None),
-        complete=not merged and agrees,
+        complete=not merged and agrees and ended,
     )
 
 

@@ -53,12 +53,12 @@ class Transcriber:
         recorder = Recorder(claim, self.store, self.bus, self.clock)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(recorder.run(), name="recorder")
+                writing = group.create_task(recorder.run(), name="recorder")
                 beating = group.create_task(self._beat(recorder, control), name="heartbeat")
                 hearing = group.create_task(self._hear(recorder, control), name="control")
                 await self._work(recorder, control)
                 recorder.close()
-                await recorder.flushed()
+                await writing
                 beating.cancel()
                 hearing.cancel()
         except* Fenced:
@@ -150,7 +150,7 @@ class Transcriber:
         elif failures:
             status, error = Status.FAILED, failures[0]
         elif waits:
-            recorder.release(not_before_s=max(waits))
+            recorder.release(not_before_s=self.clock.real(max(waits)))  # on the database's clock
             return
         elif control.stop:
             recorder.release(not_before_s=0)

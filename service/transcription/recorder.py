@@ -53,8 +53,7 @@ class Recorder:
         self._partials: dict[str, Partial] = {}  # newest per session, not yet told
         self._current: dict[str, Partial] = {}  # newest per session, of open turns
         self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._settled = True  # nothing made is waiting to be committed
         self._closing = False
 
     # --- changes ------------------------------------------------------------------------------------------------------
@@ -152,7 +151,7 @@ class Recorder:
         self._write.events.append(event)
         self._pending_bytes += len(event.json)
         self._wake.set()
-        self._idle.clear()
+        self._settled = False
 
     # --- the line -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +170,7 @@ class Recorder:
             elif self._closing:
                 return
             else:
-                self._idle.set()
+                self._settled = True
                 self._wake.clear()
                 await self._wake.wait()
 
@@ -198,7 +197,7 @@ class Recorder:
 
     async def renew(self, lease_s: float) -> bool:
         """Extend the claim, keep the progress, and only then tell it. True: a cancel was requested. Raises `Fenced`."""
-        settled = self._idle.is_set()
+        settled = self._settled
         progress = {"sent_ms": self.job.progress.sent_ms, "total_ms": self.job.progress.total_ms}
         if self.job.status != Status.PROCESSING:
             return False
@@ -216,10 +215,6 @@ class Recorder:
         """Somebody has begun to listen: tell the open partials once more."""
         self._partials |= self._current
         self._wake.set()
-
-    async def flushed(self) -> None:
-        """Wait until everything so far is committed and published."""
-        await self._idle.wait()
 
     def close(self) -> None:
         """Let `run` return when all is written."""

@@ -30,7 +30,6 @@ from service.telemetry import metrics
 from service.transcription.recorder import Recorder
 from service.transcription.sender import Sender, Source
 
-TAIL_MS = 50  # what is streamed again when only Termination is missing
 CANCEL_SECONDS = 2.0
 CLOSE_SECONDS = 2.0
 
@@ -168,7 +167,7 @@ class ChannelStream:
                     break
                 work.recorder.stage(Stage.RECONNECTING if self._losses else Stage.CONNECTING)
                 position = resume_from(self._sessions(), work.recorder.finalized)
-                end = await self._run_session(max(0, min(position, self._total_ms - TAIL_MS)))
+                end = await self._run_session(min(position, self._total_ms))
                 if end is not None and (outcome := await self._lost(end)):
                     return outcome
             return Outcome("stopped")
