@@ -16,6 +16,7 @@ export class Card {
 
   render(state) {
     const told = state.terminal ? aftermath(state) : null;
+    if (told) told.begun = state.turns.length > 0;
     const key = JSON.stringify(told);
     if (key === this.#key) return;
     this.#key = key;
@@ -40,11 +41,11 @@ export class Card {
     return h("p", { class: "buttons" }, ...buttons, gaps.length > shown.length ? `and ${gaps.length - shown.length} more` : null);
   }
 
-  #buttons({ retry }) {
+  #buttons({ retry, begun }) {
     const button = (text, name, primary, act) => h("button", { type: "button", class: `button${primary ? " primary" : ""}`, onclick: act }, icon(name), text);
     const again = [
-      button("Retry from here", "again", true, () => this.#actions.retry("here")),
-      button("Retry from the start", "again", false, () => this.#actions.retry("start")),
+      button(begun ? "Retry from here" : "Retry", "again", true, () => this.#actions.retry("here")),
+      begun && button("Retry from the start", "again", false, () => this.#actions.retry("start")),
     ];
     return h("p", { class: "buttons" }, ...(retry ? again : [h("a", { class: "button primary", href: "/" }, "Upload it again")]));
   }

@@ -34,6 +34,12 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** A command line that breaks between its words only. */
+export function sayCommand(element, command) {
+  if (element.textContent === command) return;
+  element.replaceChildren(...command.split(" ").flatMap((word, i) => [i ? " " : "", h("span", { class: "word" }, word)]));
+}
+
 /** Show or hide. */
 export function show(element, visible) {
   if (element.hidden === visible) element.hidden = !visible;

@@ -92,7 +92,11 @@ const HANDLERS = {
     for (const index of state.touched) if (index >= state.turns.length) state.touched.delete(index);
     state.partials.clear();
   },
-  "session.lost": (state, { session_id }) => state.partials.delete(session_id),
+  "session.begin": (state) => (state.lost = null),
+  "session.lost": (state, event) => {
+    state.lost = event;
+    state.partials.delete(event.session_id);
+  },
   "job.progress": (state, { sent_ms, total_ms }) => {
     if (state.job && !state.terminal) state.job.progress = { sent_ms: Math.max(sent_ms, state.job.progress.sent_ms), total_ms };
   },
@@ -112,12 +116,10 @@ const NEWS = {
     state.lost = null;
   },
   "session.begin": (state, { session_id, model, offset_ms, channel }) => {
-    state.lost = null;
     if (state.job.sessions.some(({ id }) => id === session_id)) return;
     state.job.sessions.push({ id: session_id, model, channel, offset_ms, sent_ms: null, audio_duration_seconds: null, closed: null });
   },
   "session.lost": (state, event) => {
-    state.lost = event;
     const session = state.job.sessions.find(({ id }) => id === event.session_id);
     if (session) session.closed = { code: event.code, reason: event.reason };
   },

@@ -2,16 +2,6 @@
 
 import { capital, clock, count, inLine, spelled } from "./words.js";
 
-export const STEPS = ["Upload", "Validate", "Connect", "Stream", "Finalize", "Done"];
-
-/** The step a job is at, or null once the stepper has nothing more to say. */
-export function stepOf(job) {
-  if (job.status === "queued") return "Validate";
-  if (job.status !== "processing") return null;
-  if (job.turn_count > 0 || job.progress.sent_ms > 0) return job.stage === "finalizing" ? "Finalize" : null;
-  return { validating: "Validate", connecting: "Connect", reconnecting: "Connect", waiting_for_capacity: "Connect", finalizing: "Finalize" }[job.stage] ?? null;
-}
-
 /** `{tone, sentence, aside}`: the sentence is announced, the aside changes by the second and is only seen. */
 export function describe(state, stream) {
   const broken = connection(stream);
@@ -68,7 +58,7 @@ function why({ lost }) {
 /** New stages may come; their names are plain. */
 const unknown = (job) => ({ tone: "calm", sentence: `${capital(String(job.stage ?? job.status).replaceAll("_", " "))}.`, aside: "" });
 
-const kept = (job) => (job.turn_count ? `${count(job.turn_count, "turn")} kept` : "nothing was said yet");
+const kept = (job) => (job.turn_count ? `${count(job.turn_count, "turn")} kept` : "");
 
 const HEADINGS = {
   upstream_auth: "AssemblyAI refused the key",
@@ -100,10 +90,11 @@ export function aftermath(state) {
 }
 
 function whatIsKept(job, audio) {
-  const streamed = `${clock(job.progress.sent_ms)} of ${clock(job.audio.duration_ms)} ${job.progress.sent_ms ? "were" : "was"} streamed.`;
-  if (!audio) return `${streamed} ${job.turn_count ? `${capital(count(job.turn_count, "turn"))} are kept. ` : ""}Upload the file again.`;
-  if (!job.turn_count) return `${streamed} The upload is kept.`;
-  return `${streamed} ${job.turn_count === 1 ? "The one turn" : `All ${count(job.turn_count, "turn")}`} said until then and the upload are kept.`;
+  const { turn_count: turns, progress, audio: file } = job;
+  const streamed = progress.sent_ms ? `${clock(progress.sent_ms)} of ${clock(file.duration_ms)} were streamed.` : "Nothing was streamed.";
+  const things = [turns === 1 ? "the one turn until then" : turns ? `all ${count(turns, "turn")} until then` : "", audio ? "the upload" : ""].filter(Boolean);
+  const rest = things.length ? `${capital(things.join(" and "))} ${things.length > 1 || turns > 1 ? "are" : "is"} kept.` : "";
+  return [streamed, rest].filter(Boolean).join(" ");
 }
 
 function incomplete({ gaps, file_ms: file, upstream_ms: upstream }) {

@@ -105,7 +105,9 @@ export class Transcript {
       }
       const cut = afterWords(turn.transcript, turn.stable_words);
       say(line.time, clock(turn.start_ms));
-      say(line.who, speakerOf(turn));
+      const who = speakerOf(turn);
+      say(line.who, who);
+      show(line.who, who !== "");
       write(line.stable, turn.transcript.slice(0, cut));
       write(line.tail.firstChild, turn.transcript.slice(cut));
     }

@@ -1,10 +1,10 @@
 // The way of a file into the service: drop or pick, look at its header, ask what must be asked, send it with real progress.
 
 import { authorization, session, signedIn, toProblem } from "./api.js";
-import { $, h, say, show, wireCopy } from "./dom.js";
-import { drawSteps } from "./view.js";
+import { $, h, say, sayCommand, show, wireCopy } from "./dom.js";
+import { drawSteps } from "./steps.js";
 import { readWav } from "./wav.js";
-import { bytes, capital, channelsOf, clock, encodingOf, hertz, spelled, spokenClock } from "./words.js";
+import { bytes, capital, channelsOf, encodingOf, hertz, spelled, spokenClock } from "./words.js";
 
 export class Upload {
   #on;
@@ -82,14 +82,14 @@ export class Upload {
       say($("question-text"), `${name}. Mix them, take the first, or transcribe each on its own?`);
       say($("split-note"), `${capital(spelled(info.channels))} sessions at once; every turn says its channel.`);
     }
-    say($("estimate"), info.trouble ? "" : `It is heard in real time: done ${clock(info.durationMs)} after it starts.`);
+    say($("estimate"), info.trouble ? "" : `It is heard in real time, so it takes ${spokenClock(info.durationMs)}.`);
   }
 
   #trouble(trouble) {
     show($("trouble"), Boolean(trouble));
     say($("trouble-text"), trouble?.text ?? "");
     show($("trouble-command"), Boolean(trouble?.command));
-    say($("ffmpeg"), trouble?.command ?? "");
+    sayCommand($("ffmpeg"), trouble?.command ?? "");
   }
 
   #send() {
@@ -160,7 +160,7 @@ export class Upload {
 
   #tellCurl() {
     const key = signedIn() ? ` -H "Authorization: Bearer $TURNWIRE_KEY"` : "";
-    say($("curl"), `curl -N -H 'Accept: text/event-stream'${key} -F file=@audio.wav ${location.origin}/jobs`);
+    sayCommand($("curl"), `curl -N -H 'Accept: text/event-stream'${key} -F file=@audio.wav ${location.origin}/jobs`);
   }
 }
 

@@ -1,20 +1,21 @@
 // One job on the page: puts state, stream, transcript, waveform, player, card, details together and draws what changed, once a frame.
 
-import { link, Problem, request } from "./api.js";
-import { Actions, toast } from "./actions.js";
+import { Actions } from "./actions.js";
+import { request } from "./api.js";
 import { Card } from "./card.js";
 import { Details } from "./details.js";
-import { $, announce, say, show, swapIcon } from "./dom.js";
+import { $, announce, say, show } from "./dom.js";
 import { Follow } from "./follow.js";
-import { Heard, placeAt } from "./heard.js";
+import { placeAt } from "./heard.js";
 import { Inspector } from "./inspector.js";
 import { JobState } from "./job.js";
-import { Player } from "./player.js";
-import { describe, STEPS, stepOf } from "./status.js";
+import { Listening } from "./listening.js";
+import { describe } from "./status.js";
+import { drawSteps, stepOf } from "./steps.js";
 import { Stream } from "./stream.js";
 import { Transcript } from "./transcript.js";
 import { Waveform } from "./waveform.js";
-import { clock, count } from "./words.js";
+import { clock } from "./words.js";
 
 const NOTE_MS = 6000;
 const QUEUE_MS = 3000; // no event tells a place in the queue
@@ -22,18 +23,18 @@ const QUEUE_MS = 3000; // no event tells a place in the queue
 export class View {
   #on;
   #transcript = new Transcript($("log"), $("partials"));
-  #heard = new Heard(this.#transcript);
   #follow = new Follow($("reading"), $("log").parentElement, () => this.draw());
   #wave = new Waveform({ box: $("wave"), canvas: $("canvas"), playhead: $("playhead"), tip: $("tip") }, (ms) => this.#seek(ms));
+  #ears = new Listening(this.#transcript, this.#wave, () => this.draw());
   #actions = new Actions(this);
   #card = new Card($("card"), this);
   #details = new Details();
   #inspector = new Inspector();
   #stream = null;
-  #player = null;
   #connection = { name: "connecting" };
   #due = false;
   #fresh = 0; // turns added since the reader let go
+  #caughtUp = false; // whether the former drawing held all there was
   #chosen = -1; // the turn J and K are at
   #queueTimer = 0;
   #noteTimer = 0;
@@ -47,9 +48,6 @@ export class View {
     $("reading").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && this.#chosen >= 0) this.playFrom(this.state.turns[this.#chosen].start_ms);
     });
-    $("play").addEventListener("click", () => this.toggle());
-    $("sound").addEventListener("click", () => (this.#player.inStep ? this.#player.listen(!this.#player.listening) : this.#player.mute()));
-    $("rate").addEventListener("click", () => this.#player.nextRate());
     $("details-open").addEventListener("click", () => this.toggleDetails());
     $("details-close").addEventListener("click", () => this.toggleDetails());
     $("speak").addEventListener("click", () => this.#speak());
@@ -63,27 +61,27 @@ export class View {
       event: (event, raw) => this.#inspector.add(event, raw) ?? this.draw(),
       job: () => this.#seeded(),
     });
-    this.#player = new Player(id, { changed: () => this.draw(), failed: (text) => this.#silent(text) });
+    this.#ears.open(id);
     this.#inspector.open(id);
     $("wave").removeAttribute("aria-valuetext");
-    say($("sound-note"), "");
     this.#stream.start();
   }
 
   close() {
     if (!this.state) return;
     this.#stream.stop();
-    this.#player.close();
+    this.#ears.close();
     clearTimeout(this.#queueTimer);
     this.state = null;
+    this.#caughtUp = false;
     this.#fresh = 0;
     this.#chosen = -1;
-    this.#heard.mark([], null);
     this.#transcript.clear();
     this.#details.clear();
     this.#wave.reset(0);
     for (const id of ["title", "sentence", "aside", "blank"]) say($(id), "");
     $("log").setAttribute("aria-live", "off");
+    delete $("view").dataset.gone;
   }
 
   /** Draw with the next frame. */
@@ -102,23 +100,24 @@ export class View {
   live() {
     if (!this.state) return;
     this.#fresh = 0;
-    this.#player.live();
+    this.#ears.live();
     this.#follow.hold();
     this.draw();
   }
 
-  async toggle() {
-    if (this.#chosen >= 0 && this.#player.positionMs === null && !this.#player.inStep) return this.playFrom(this.state.turns[this.#chosen].start_ms);
-    return this.#player.toggle();
+  toggle() {
+    this.#ears.toggle(this.#chosen >= 0 ? this.state.turns[this.#chosen].start_ms : null);
   }
 
   playFrom(ms) {
-    this.#player.playFrom(ms);
+    this.#ears.playFrom(ms);
   }
 
   skip(ms) {
-    const now = this.#player.positionMs ?? this.state.job?.progress.sent_ms ?? 0;
-    this.#seek(Math.min(this.state.job?.audio.duration_ms ?? 0, Math.max(0, now + ms)));
+    const { job } = this.state;
+    if (!job) return;
+    const now = this.#ears.positionMs ?? job.progress.sent_ms;
+    this.#seek(Math.min(job.audio.duration_ms, Math.max(0, now + ms)));
   }
 
   /** The next or the former turn. */
@@ -131,7 +130,7 @@ export class View {
     if (this.#chosen < turns.length - 1) this.#follow.release();
     element.focus({ preventScroll: true });
     element.scrollIntoView({ block: "nearest" });
-    if (this.#player.playing && !this.#player.inStep) this.#player.seek(turns[this.#chosen].start_ms);
+    if (this.#ears.playing) this.#ears.seek(turns[this.#chosen].start_ms);
   }
 
   toggleDetails() {
@@ -216,21 +215,15 @@ export class View {
   }
 
   #gone() {
+    $("view").dataset.gone = "";
     say($("title"), "No such job");
     say($("sentence"), "");
     say($("blank"), "There is no such job: it was deleted, its time of keeping ran out, or it belongs to another key.");
     show($("blank"), true);
   }
 
-  #silent(sentence) {
-    say($("sound-note"), sentence);
-    if (!this.state) toast(sentence);
-  }
-
   #seek(ms) {
-    if (!this.state?.job) return;
-    if (this.#player.playing) this.#player.seek(ms);
-    else this.#player.playFrom(ms);
+    if (this.state?.job) this.#ears.seek(ms);
   }
 
   #click(event) {
@@ -252,19 +245,21 @@ export class View {
     const { state } = this;
     const { job } = state;
     const added = this.#transcript.render(state);
-    if (!this.#follow.holding && state.caughtUp) this.#fresh += added;
-    else this.#fresh = 0;
+    // What a replay brings is not new to the reader.
+    if (this.#follow.holding || !this.#caughtUp) this.#fresh = 0;
+    else this.#fresh += added;
+    this.#caughtUp = state.caughtUp;
     this.#follow.stick();
     this.#head();
-    this.#steps(job);
+    drawSteps($("steps"), stepOf(job));
     this.#wave.sent(job.progress.sent_ms);
-    this.#wave.turns(state.turns);
+    this.#wave.turns(state.turns, job.coverage?.gaps ?? []);
     this.#card.render(state);
     this.#actions.render(state);
     this.#details.render(state);
     this.#inspector.render();
     this.#jump();
-    this.#sound();
+    this.#hear();
     // What was there before the page came is not news to a listener.
     const speak = state.caughtUp && !state.terminal && $("speak").getAttribute("aria-checked") === "true";
     $("log").setAttribute("aria-live", speak ? "polite" : "off");
@@ -281,15 +276,11 @@ export class View {
     if (!state.job) return;
     const { job } = state;
     show($("sandbox-mark"), job.sessions.some(({ model }) => model === "sandbox"));
-    say($("position"), clock(this.#player.mode === "free" && this.#player.positionMs !== null ? this.#player.positionMs : job.progress.sent_ms));
+    say($("position"), clock(this.#ears.apart ? this.#ears.positionMs : job.progress.sent_ms));
     say($("total"), clock(job.audio.duration_ms));
     say($("blank"), blank(state));
     show($("blank"), state.turns.length === 0 && state.partials.size === 0);
     document.title = `${tone === "live" ? "● " : ""}${job.filename} – Turnwire`;
-  }
-
-  #steps(job) {
-    drawSteps($("steps"), stepOf(job));
   }
 
   #jump() {
@@ -299,38 +290,12 @@ export class View {
     if (wanted) say($("jump-text"), [terminal ? "Jump to the end" : "Jump to live", this.#fresh ? `${this.#fresh} new` : ""].filter(Boolean).join(" · "));
   }
 
-  #sound() {
-    const { state } = this;
-    const player = this.#player;
-    player.stream(state.job.progress.sent_ms, this.#connection.name === "live" && state.job.stage === "streaming", !state.terminal);
-    const step = player.inStep;
-    show($("play"), !step);
-    show($("rate"), !step);
-    swapIcon($("play"), player.playing ? "pause" : "play");
-    $("play").setAttribute("aria-label", player.playing ? "Pause" : "Play");
-    say($("rate"), `${player.rate}×`);
-    $("rate").setAttribute("aria-label", `Speed: ${player.rate}×`);
-    const heard = step ? player.listening : !player.muted;
-    swapIcon($("sound"), heard ? "sound" : "mute");
-    $("sound").setAttribute("aria-pressed", String(heard));
-    $("sound").setAttribute("aria-label", step ? "Listen along" : "Sound");
-    say($("sound").querySelector(".label"), step ? (heard ? "Listening" : "Listen") : "");
-    this.#ear();
-  }
-
-  /** Mark the words that are heard; again with the next frame while something plays. */
-  #ear() {
-    const player = this.#player;
-    const ms = player.mode === "free" || player.listening ? player.positionMs : null;
-    const index = this.#heard.mark(this.state.turns, ms);
-    this.#wave.head(ms);
-    this.#wave.value(ms ?? this.state.job.progress.sent_ms);
-    if (!player.playing) return;
-    if (index >= 0 && index !== this.#chosen) {
-      this.#chosen = index;
-      if (!this.#follow.holding) keepInView(this.#transcript.at(index).element, $("reading"));
-    }
-    this.draw();
+  /** Keep what is heard in sight. */
+  #hear() {
+    const index = this.#ears.render(this.state, this.#connection.name === "live");
+    if (index < 0 || index === this.#chosen) return;
+    this.#chosen = index;
+    if (!this.#follow.holding) keepInView(this.#transcript.at(index).element, $("reading"));
   }
 }
 
@@ -341,22 +306,8 @@ function keepInView(element, scroller) {
   if (below) element.scrollIntoView({ block: "center" });
 }
 
-export function drawSteps(list, current) {
-  show(list, current !== null);
-  if (current === null || list.dataset.current === current) return;
-  list.dataset.current = current;
-  const at = STEPS.indexOf(current);
-  list.replaceChildren(...STEPS.map((step, i) => {
-    const item = document.createElement("li");
-    item.textContent = step;
-    item.dataset.state = i < at ? "done" : i === at ? "current" : "next";
-    if (i === at) item.setAttribute("aria-current", "step");
-    return item;
-  }));
-}
-
 function blank({ job, terminal }) {
-  if (terminal) return job.status === "completed" ? "Nothing was said in this file." : "No turn was finished.";
+  if (terminal) return job.status === "completed" ? "Nothing was said in this file." : "";
   if (job.status === "processing" && job.stage === "streaming") return "The first words will stand here.";
   return "";
 }

@@ -19,6 +19,7 @@ export class Waveform {
   #sent = 0;
   #painted = 0; // bars drawn in accent
   #turns = [];
+  #gaps = [];
   #segments = 0; // turns drawn
   #colours = null;
 
@@ -45,6 +46,7 @@ export class Waveform {
     this.#total = totalMs;
     this.#sent = 0;
     this.#turns = [];
+    this.#gaps = [];
     this.head(null);
     this.#box.setAttribute("aria-valuemax", Math.round(totalMs / 1000));
     this.#redraw();
@@ -70,9 +72,11 @@ export class Waveform {
     this.#painted = upTo;
   }
 
-  turns(turns) {
-    const withdrawn = turns.length < this.#segments;
+  /** Final turns, and what is known to be missing. */
+  turns(turns, gaps) {
+    const withdrawn = turns.length < this.#segments || gaps.length !== this.#gaps.length;
     this.#turns = turns;
+    this.#gaps = gaps;
     if (withdrawn) this.#redraw();
     else this.#drawSegments();
   }
@@ -102,7 +106,7 @@ export class Waveform {
     const context = this.#canvas.getContext("2d");
     context.setTransform(density, 0, 0, density, 0, 0);
     const style = getComputedStyle(this.#canvas);
-    this.#colours = { sent: style.color, rest: style.outlineColor, turn: style.borderTopColor };
+    this.#colours = { sent: style.color, rest: style.outlineColor, turn: style.borderTopColor, gap: style.caretColor };
     this.#measure(Math.floor((width + 1) / STEP));
     this.#painted = this.#barsSent();
     this.#drawBars(0, this.#bars.length);
@@ -140,14 +144,18 @@ export class Waveform {
 
   #drawSegments() {
     if (!this.#colours) return;
-    const context = this.#canvas.getContext("2d");
-    const [width, bottom] = [this.#bars.length * STEP, this.#box.clientHeight];
-    context.fillStyle = this.#colours.turn;
     for (; this.#segments < this.#turns.length; this.#segments += 1) {
-      const { start_ms: start, end_ms: end } = this.#turns[this.#segments];
-      const x = (start / this.#total) * width;
-      context.fillRect(x, bottom - 2, Math.max(1, ((end - start) / this.#total) * width - 1), 2);
+      const { start_ms: from, end_ms: to } = this.#turns[this.#segments];
+      this.#drawSegment(from, to, this.#colours.turn);
     }
+    for (const { from_ms: from, to_ms: to } of this.#gaps) this.#drawSegment(from, to, this.#colours.gap);
+  }
+
+  #drawSegment(from, to, colour) {
+    const context = this.#canvas.getContext("2d");
+    const scale = (this.#bars.length * STEP) / this.#total;
+    context.fillStyle = colour;
+    context.fillRect(from * scale, this.#box.clientHeight - 2, Math.max(1, (to - from) * scale - 1), 2);
   }
 
   #msAt(event) {
