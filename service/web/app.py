@@ -1,0 +1,29 @@
+"""The HTTP edge, put together. FLOOR 5.
+
+`create_app` is the whole of it as one ASGI application: the routes inside, around them who may call, and around
+that what holds for every response. The runtime is opened by whoever serves; nothing here starts or ends it.
+"""
+
+import asyncio
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from service.runtime import Runtime
+from service.web import documents, events, jobs, ops, pages, problems, transcripts
+from service.web.auth import Authenticator, Guard
+from service.web.edge import Edge, Linger
+
+
+def create_app(runtime: Runtime) -> ASGIApp:
+    """The application that serves `runtime`."""
+    modules = (jobs, events, transcripts, ops, documents, pages)
+    routes = [route for module in modules for route in module.router.routes]
+    app = FastAPI(routes=routes, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.runtime = runtime
+    app.state.uploads = asyncio.Semaphore(jobs.MAX_UPLOADS)
+    problems.install(app)
+    documents.install(app, routes)
+    pages.install(app)
+    authenticator = Authenticator(runtime.settings.api_keys)
+    return Edge(Linger(Guard(app, runtime.settings, authenticator)))

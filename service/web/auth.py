@@ -1,0 +1,170 @@
+"""Who may call: the rules of Host and Origin, CORS, and API keys, before a byte of the body is read. FLOOR 5.
+
+Without keys only this machine's own pages and programs are served: a web page elsewhere must not spend the user's
+money, nor a name that somebody points at 127.0.0.1. With keys the key decides, and its name owns the jobs. All is
+judged on the raw scope: what is authorised is what is routed. No cookies, hence nothing a foreign page could ride
+on.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Sequence
+from urllib.parse import parse_qsl
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.settings import ApiKey, Settings, is_loopback
+from service.web.problems import problem
+
+_OPEN = re.compile(r"/|/jobs/[^/]+/view|/healthz|/readyz|/docs|/openapi\.json|/asyncapi\.json|/page/.*")
+_PROBES = frozenset({"/healthz", "/readyz"})  # asked by an orchestrator, which calls a machine by its address
+_KEY_NAMES = frozenset({"api_key", "apikey", "api-key", "access_token"})
+_METHODS = "GET, HEAD, POST, DELETE"
+_REQUEST_HEADERS = (
+    "Authorization, Content-Type, Idempotency-Key, If-None-Match, If-Range, Last-Event-ID, Prefer, Range, X-Request-ID"
+)
+_RESPONSE_HEADERS = (
+    "Content-Disposition, Content-Range, ETag, Idempotency-Replayed, Link, Location, Preference-Applied, Retry-After, "
+    "X-Request-ID, X-Transcript-Complete"
+)
+
+
+class Authenticator:
+    """Knows the API keys, by their SHA-256 only."""
+
+    def __init__(self, keys: Sequence[ApiKey]) -> None:
+        """Without any key everybody is let in, in the name of nobody."""
+        self._keys = [(_digest(key.key.get_secret_value()), key.name) for key in keys]
+
+    @property
+    def needed(self) -> bool:
+        """Whether a key is asked for."""
+        return bool(self._keys)
+
+    def owner_of(self, key: str) -> str | None:
+        """The name of a key. Every key is compared, in constant time, whatever is found."""
+        digest = _digest(key)
+        found = None
+        for known, name in self._keys:
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found
+
+    async def identify(self, scope: Scope) -> str | None:
+        """The owner in whose name the request acts; None: nobody known."""
+        if not self.needed:
+            return ""
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        return self.owner_of(key.strip()) if scheme.lower() == "bearer" else None
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+class Guard:
+    """Refuses, or hands on with `state.owner` set."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, authenticator: Authenticator) -> None:
+        """`app` is served to those who may call."""
+        self._app = app
+        self._authenticator = authenticator
+        self._origins = frozenset(settings.cors_origins)
+        self._hosts = frozenset(settings.allowed_hosts)
+        self._only_here = not authenticator.needed and settings.auth is None
+        self._check_host = self._only_here or bool(self._hosts)
+        self._check_origin = not authenticator.needed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if self._origins:
+            send = _with_cors(send, origin if origin in self._origins else None)
+        if origin in self._origins and _is_preflight(scope, headers):
+            answer: ASGIApp = Response(
+                status_code=204, headers={"Vary": "Origin, Access-Control-Request-Headers"} | _ALLOWED
+            )
+        elif (refusal := self._forbidden(scope, headers)) is not None:
+            answer = refusal
+        elif self._key_in_url(scope):
+            answer = problem(
+                "key_in_url",
+                "Send the key as 'Authorization: Bearer <key>'; what is in a URL ends up in logs. Replace this key.",
+            )
+        else:
+            answer = await self._authenticated(scope)
+        await answer(scope, receive, send)
+
+    def _forbidden(self, scope: Scope, headers: Headers) -> Response | None:
+        host = headers.get("host", "")
+        exempt = scope["path"] in _PROBES and not self._only_here
+        if self._check_host and not exempt and not self._serves(headers.getlist("host")):
+            return problem(
+                "forbidden_origin",
+                f"The host {_shown(host)} is not served; TURNWIRE_ALLOWED_HOSTS lists those that are.",
+            )
+        origin = headers.get("origin")
+        if self._check_origin and origin is not None and origin not in self._origins and not _same(origin, host):
+            hint = "TURNWIRE_CORS_ORIGINS lists the origins that may call"
+            return problem("forbidden_origin", f"Pages of {_shown(origin)} may not call this server; {hint}.")
+        return None
+
+    def _serves(self, hosts: Sequence[str]) -> bool:
+        if len(hosts) != 1:
+            return False
+        name = re.sub(r":[0-9]*$", "", hosts[0]).lower()
+        return is_loopback(name) or name in self._hosts
+
+    def _key_in_url(self, scope: Scope) -> bool:
+        pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        return any(
+            name.lower() in _KEY_NAMES or self._authenticator.owner_of(value) is not None for name, value in pairs
+        )
+
+    async def _authenticated(self, scope: Scope) -> ASGIApp:
+        owner = await self._authenticator.identify(scope)
+        if owner is None and not _OPEN.fullmatch(scope["path"]):
+            return problem("unauthorized", "Send 'Authorization: Bearer <key>' with a key of this server.")
+        scope.setdefault("state", {})["owner"] = owner
+        return self._app
+
+
+def _is_preflight(scope: Scope, headers: Headers) -> bool:
+    return scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+
+
+_ALLOWED = {
+    "Access-Control-Allow-Methods": _METHODS,
+    "Access-Control-Allow-Headers": _REQUEST_HEADERS,
+    "Access-Control-Max-Age": "600",
+}
+
+
+def _with_cors(send: Send, origin: str | None) -> Send:
+    """The answer depends on the origin, so caches must know; one that is listed may read it."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers.add_vary_header("Origin")
+            if origin is not None:
+                headers["Access-Control-Allow-Origin"] = origin
+                headers["Access-Control-Expose-Headers"] = _RESPONSE_HEADERS
+        await send(message)
+
+    return wrapped
+
+
+def _same(origin: str, host: str) -> bool:
+    """Whether a page of `origin` came from this Host; a proxy may have taken the TLS off: the scheme does not count."""
+    scheme, _, authority = origin.lower().partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    return port is not None and authority.removesuffix(port) == host.lower().removesuffix(port)
+
+
+def _shown(text: str) -> str:
+    return repr(text[:100])

@@ -1,0 +1,161 @@
+"""The HTTP server: a listening socket of our own, uvicorn on it, and how it all stops. FLOOR 5.
+
+Stopping, in order: not ready any more; whatever the caller stops first (the workers hand their jobs back) while
+streams still bring the last finals; the streams end; requests under way get a second; done. A second signal ends
+the process at once, by the kernel. Sockets notice peers that are gone (keepalive) or do not read
+(TCP_USER_TIMEOUT), and nobody holds a connection without sending a whole head in time.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import uuid
+from collections.abc import Awaitable, Callable, Generator, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.runtime import Runtime
+from service.web.problems import problem
+
+KEEP_ALIVE_SECONDS = 75  # longer than the idle timeout of load balancers, or they answer 502 now and then
+GRACE_SECONDS = 1
+HEAD_SECONDS = 10.0
+HEAD_BYTES = 64 * 1024
+# A peer that takes nothing is given up after 20 s; one that is silent is asked after 30 s, every 10 s, 3 times.
+_TCP_OPTIONS = {"TCP_USER_TIMEOUT": 20_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+
+
+class HttpServer:
+    """One server. Listening from the start: `url` is known at once, also for port 0."""
+
+    def __init__(self, runtime: Runtime, app: ASGIApp) -> None:
+        """Raises OSError when the address cannot be had."""
+        self._runtime = runtime
+        self._socket = _listen(runtime.settings.host, runtime.settings.port)
+        host, port, *_ = self._socket.getsockname()
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only compared
+        self.url = f"http://{f'[{here}]' if ':' in here else here}:{port}"
+        self._stop = asyncio.Event()
+        self._server = _Server(
+            uvicorn.Config(
+                app, http=_Protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+                proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Begin to stop, as the first signal does."""
+        self._stop.set()
+
+    async def serve(self, on_stop: Callable[[], Awaitable[None]]) -> None:
+        """Serve until `stop`; `on_stop` is awaited before the event streams end."""
+        serving = asyncio.create_task(self._server.serve([self._socket]), name="http")
+        stopping = asyncio.create_task(self._stop.wait(), name="http-stop")
+        try:
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            self._runtime.draining.set()
+            await on_stop()
+        finally:
+            stopping.cancel()
+            self._runtime.feed.end()
+            self._server.should_exit = True
+            await serving
+            await self._server.settle()
+
+    async def serve_until_signal(self, on_stop: Callable[[], Awaitable[None]]) -> None:
+        """`serve`, with SIGTERM and SIGINT to stop it; a second one kills."""
+        with _signals(self.stop):
+            await self.serve(on_stop)
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def first() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    for number in numbers:
+        loop.add_signal_handler(number, first)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    listening = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _TCP_OPTIONS.items():  # accepted sockets inherit them; not every system has all
+        if (option := getattr(socket, name, None)) is not None:
+            listening.setsockopt(socket.IPPROTO_TCP, option, value)
+    return listening
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are ours."""
+        yield
+
+    async def settle(self) -> None:
+        """Wait for the requests that were cut, so that what they use may be closed."""
+        if self.server_state.tasks:
+            await asyncio.wait(set(self.server_state.tasks), timeout=GRACE_SECONDS)
+
+
+class _Protocol(HttpToolsProtocol):
+    """One connection, with bounds of time and size on what comes before a request's body; uvicorn has none.
+
+    The application may cut it (`turnwire.abort`): closing waits until a client has taken what was sent, maybe for ever.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """A client came."""
+        super().connection_made(transport)
+        self._head = 0
+        self._deadline = self.loop.call_later(HEAD_SECONDS, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It went."""
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Something came."""
+        self._head += len(data)
+        super().data_received(data)
+        if self._head > HEAD_BYTES and not self._deadline.cancelled():
+            self.send_400_response("The head of the request is too long.")
+
+    def send_400_response(self, msg: str) -> None:
+        """What cannot be parsed never reaches the application, and gets the same form of answer from here."""
+        answer = problem("bad_request", msg, {"Connection": "close", "X-Request-ID": str(uuid.uuid4())})
+        head = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%s\r\n%s" % (head, answer.body))
+        self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """The first bytes of a request."""
+        super().on_message_begin()
+        self.scope["extensions"] = {"turnwire.abort": self.transport.abort}  # type: ignore[dict-item]  # one of our own
+        if self._deadline.cancelled():
+            self._head = 0
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._deadline.cancel()
+        super().on_headers_complete()
