@@ -145,8 +145,11 @@ class Sandbox:
 
 
 def _library_logger() -> logging.Logger:
-    """The library's logger, without a traceback for every client that leaves during the handshake."""
-    logger = logging.getLogger(f"{__name__}.websockets")
+    """The library's logger, without a traceback for every client that leaves during the handshake.
+
+    By its name it is the library's in the log too, so that its DEBUG, frames and headers, is told at no level.
+    """
+    logger = logging.getLogger("websockets.sandbox")
     logger.filters = [lambda record: "handshake failed" not in str(record.msg)]
     return logger
 
