@@ -27,7 +27,7 @@ export class View {
   #wave = new Waveform({ box: $("wave"), canvas: $("canvas"), playhead: $("playhead"), tip: $("tip") }, (ms) => this.#seek(ms));
   #ears = new Listening(this.#transcript, this.#wave, () => this.draw());
   #actions = new Actions(this);
-  #card = new Card($("card"), this);
+  #card = new Card($("card"), { retry: (from) => this.#actions.retry(from), playFrom: (ms) => this.playFrom(ms) });
   #details = new Details();
   #inspector = new Inspector();
   #stream = null;
