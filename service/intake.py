@@ -1,8 +1,8 @@
 """What callers do to jobs: upload, cancel, retry, delete. FLOOR 3.
 
-`accept`: bytes → hash, WAV parser and blob store in one pass → one transaction with the job row and its first events → doorbell. When it returns, audio
-and row survive a SIGKILL; when it raises, nothing of the upload is left. The worker that holds a job is told over the bus, and finds the same word in
-the database should the bus lose it.
+`accept`: bytes → hash, WAV parser and blob store in one pass → one transaction with the job row and its first events
+→ doorbell. When it returns, audio and row survive a SIGKILL; when it raises, nothing of the upload is left. The
+worker that holds a job is told over the bus, and finds the same word in the database should the bus lose it.
 """
 
 import asyncio
@@ -70,7 +70,9 @@ class Intake:
     max_queue: int
     webhooks_enabled: bool
 
-    async def accept(self, upload: Upload, *, owner: str, query: Sequence[tuple[str, str]], raw_length: int | None) -> Job:
+    async def accept(
+        self, upload: Upload, *, owner: str, query: Sequence[tuple[str, str]], raw_length: int | None
+    ) -> Job:
         """Receive one upload. `query` are options from the URL; `raw_length` the length of a raw body, if known.
 
         Raises `CallerError`, `StorageFull`, `Unavailable`.
@@ -145,13 +147,17 @@ class Intake:
     # --- changes ------------------------------------------------------------------------------------------------------
 
     async def cancel(self, job_id: str) -> Record | None:
-        """A queued job is canceled in the answer; a running one is asked to. Raises `CallerError` when it has ended otherwise."""
+        """A queued job is canceled in the answer; a running one is asked to. Raises `CallerError` when it has ended
+        otherwise.
+        """
         now = self.clock.utc_ms()
 
         def change(record: Record) -> Write | None:
             job = record.job
             if job.status in (Status.COMPLETED, Status.FAILED):
-                raise CallerError("not_cancelable", f"The job has {job.status} already; only a queued or running job can be canceled.")
+                raise CallerError(
+                    "not_cancelable", f"The job has {job.status} already; only a queued or running job can be canceled."
+                )
             if job.status != Status.QUEUED:
                 return None
             _end(record, Status.CANCELED, now)
@@ -172,7 +178,8 @@ class Intake:
             incomplete = job.coverage is not None and not job.coverage.complete
             if not (job.status in (Status.FAILED, Status.CANCELED) or (job.status == Status.COMPLETED and incomplete)):
                 raise CallerError(
-                    "not_retryable", "Only a failed or canceled job, or a completed one with gaps in its coverage, can be retried."
+                    "not_retryable",
+                    "Only a failed or canceled job, or a completed one with gaps in its coverage, can be retried.",
                 )
             if from_start:
                 job.turn_count = 0
@@ -228,7 +235,9 @@ def begin_claim(clock: Clock, record: Record, strikes: int) -> tuple[Job, list[E
     if strikes >= MAX_STRIKES:
         _end(record, Status.FAILED, now)
         job.error = Failure(
-            "too_many_attempts", f"{strikes} attempts in a row ended with the worker gone and no new turn. Retry the job to try again.", True
+            "too_many_attempts",
+            f"{strikes} attempts in a row ended with the worker gone and no new turn. Retry the job to try again.",
+            True,
         )
         return job, [make_event(job.id, seq + 1, "job.failed", now, {"job": job})]
     job.attempt += 1
@@ -252,4 +261,3 @@ def new_id(utc_ms: int) -> str:
     value = (utc_ms & (2**48 - 1)) << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(62)
     digits = f"{value:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
-

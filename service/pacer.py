@@ -1,8 +1,9 @@
 """One timer wheel per process: calls each stream's `send` when its chunk is due; never awaits. FLOOR 2.
 
-A callback gets the current time and returns when it wants to be called next, or None when it is done. It is called at the first tick at or
-after that time, never before. Ticks are 5 ms apart: fine enough for 20 ms of lateness, coarse enough to cost nothing. A callback that raises
-is dropped and its exception kept on the handle: one broken stream must not stop the others.
+A callback gets the current time and returns when it wants to be called next, or None when it is done. It is called at
+the first tick at or after that time, never before. Ticks are 5 ms apart: fine enough for 20 ms of lateness, coarse
+enough to cost nothing. A callback that raises is dropped and its exception kept on the handle: one broken stream must
+not stop the others.
 """
 
 import asyncio

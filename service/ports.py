@@ -1,7 +1,8 @@
 """Every seam on one page: what a backend must do, with the contract in each docstring. FLOOR 1.
 
-A seam stands here only where two real implementations exist (JobQueue, Bus, BlobStore) or where tests replace the outside world (Clock,
-Upstream). The store has none: one implementation serves both databases. Queue and bus are doorbells: what they lose costs latency only.
+A seam stands here only where two real implementations exist (JobQueue, Bus, BlobStore) or where tests replace the
+outside world (Clock, Upstream). The store has none: one implementation serves both databases. Queue and bus are
+doorbells: what they lose costs latency only.
 """
 
 from collections.abc import AsyncIterator
@@ -13,7 +14,9 @@ from service.core.protocol import Message
 
 
 class Clock(Protocol):
-    """Time as the service sees it. Tests run it faster than the wall; nothing outside reads `time` or sleeps by itself."""
+    """Time as the service sees it. Tests run it faster than the wall; nothing outside reads `time` or sleeps by
+    itself.
+    """
 
     def now(self) -> float:
         """Monotonic seconds."""
@@ -31,8 +34,8 @@ class Clock(Protocol):
 class UpstreamSession(Protocol):
     """One live websocket to the transcription service.
 
-    Enter and leave it in one task (its context holds a task group). `send` and `finish` only buffer; they never block, and after `failed`
-    they drop what they are given: the reason arrives through `receive`.
+    Enter and leave it in one task (its context holds a task group). `send` and `finish` only buffer; they never
+    block, and after `failed` they drop what they are given: the reason arrives through `receive`.
     """
 
     @property
@@ -50,14 +53,17 @@ class UpstreamSession(Protocol):
         """Queue Terminate behind the audio. Turns, Termination and the close still arrive through `receive`."""
 
     async def receive(self) -> Message:
-        """The next message, in order of arrival. Raises `SessionEnded` once, at the end, with the Error frame's or close frame's code."""
+        """The next message, in order of arrival. Raises `SessionEnded` once, at the end, with the Error frame's or
+        close frame's code.
+        """
 
 
 class Upstream(Protocol):
     """The transcription service."""
 
     def connect(self, query: str) -> AbstractAsyncContextManager[UpstreamSession]:
-        """Open a websocket with this query string; raises `SessionEnded` when refused or unreachable (connect 5 s, handshake 10 s).
+        """Open a websocket with this query string; raises `SessionEnded` when refused or unreachable (connect 5 s,
+        handshake 10 s).
 
         Leaving the context closes the socket within 5 s, whatever the peer does, and swallows nothing.
         """
@@ -67,7 +73,8 @@ class BlobStore(Protocol):
     """Audio by key. Keys are job ids."""
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
-        """Store all or nothing, durable on return; the size in bytes. An exception of `chunks` passes through and leaves nothing behind.
+        """Store all or nothing, durable on return; the size in bytes. An exception of `chunks` passes through and
+        leaves nothing behind.
 
         Raises `StorageFull` or `Unavailable`.
         """
@@ -114,7 +121,9 @@ class JobQueue(Protocol):
 
 
 class Bus(Protocol):
-    """Lossy, unordered fan-out of hints. `Event`s of a job go to topic `events.<job id>`, control events to `control.<job id>`."""
+    """Lossy, unordered fan-out of hints. `Event`s of a job go to topic `events.<job id>`, control events to
+    `control.<job id>`.
+    """
 
     async def publish(self, topic: str, event: Event) -> None:
         """Tell whoever listens now. Never raises for a broken bus and never waits for a listener."""

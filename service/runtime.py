@@ -1,6 +1,7 @@
 """THE composition root: the one place that names concrete classes. FLOOR 4.
 
-`open_runtime` builds everything on one AsyncExitStack, so that whatever fails half way is undone, and yields a frozen set of parts.
+`open_runtime` builds everything on one AsyncExitStack, so that whatever fails half way is undone, and yields a frozen
+set of parts.
 """
 
 import asyncio
@@ -42,7 +43,7 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         """Suspend."""
-        await asyncio.sleep(seconds / self._speed)  # noqa: TID251 - this is the clock
+        await asyncio.sleep(seconds / self._speed)
 
     def real(self, seconds: float) -> float:
         """The event loop's seconds."""
@@ -69,7 +70,9 @@ class Runtime:
 async def open_runtime(
     settings: Settings, *, clock: Clock | None = None, upstream: Upstream | None = None
 ) -> AsyncIterator[Runtime]:
-    """Open everything `settings` names; `clock` and `upstream` stand in for the outside world in tests. Raises `SettingsError`."""
+    """Open everything `settings` names; `clock` and `upstream` stand in for the outside world in tests. Raises
+    `SettingsError`.
+    """
     clock = clock or SystemClock()
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,7 +116,9 @@ def database_url(settings: Settings) -> str:
 
 
 def _lock(directory: Path) -> int:
-    """Hold the data directory until the returned descriptor is closed; the kernel lets go of it when the process dies."""
+    """Hold the data directory until the returned descriptor is closed; the kernel lets go of it when the process
+    dies.
+    """
     descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

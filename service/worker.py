@@ -1,8 +1,8 @@
 """Deliveries → slots → transcription; the reconciler; the drain. FLOOR 5.
 
-A slot is one upstream stream; a job takes as many as it has streams. Nothing is taken from the queue without a free slot, so that what waits waits in
-the database, where its place in the queue can be seen. The reconciler rings for every job that waits and that nobody rang for: the doorbell may fail,
-the table does not.
+A slot is one upstream stream; a job takes as many as it has streams. Nothing is taken from the queue without a free
+slot, so that what waits waits in the database, where its place in the queue can be seen. The reconciler rings for
+every job that waits and that nobody rang for: the doorbell may fail, the table does not.
 """
 
 import asyncio
@@ -62,7 +62,9 @@ class Worker:
     async def _start(self, delivery: Delivery) -> None:
         runtime = self._runtime
         claim = await runtime.store.claim(
-            delivery.job_id, lease_s=LEASE_SECONDS, begin=lambda record, strikes: begin_claim(runtime.clock, record, strikes)
+            delivery.job_id,
+            lease_s=LEASE_SECONDS,
+            begin=lambda record, strikes: begin_claim(runtime.clock, record, strikes),
         )
         await runtime.intake.tell_newest(delivery.job_id)
         if isinstance(claim, Busy):

@@ -1,4 +1,6 @@
-"""The whole service but its HTTP edge in the test's own process, against the sandbox, on a clock that runs faster; and the one checker of invariants."""
+"""The whole service but its HTTP edge in the test's own process, against the sandbox, on a clock that runs faster;
+and the one checker of invariants.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -9,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from service.backends.assemblyai import AssemblyAI, Limits
+from service.backends.assemblyai import AssemblyAI
+from service.backends.websocket import Limits
 from service.core.job import Event, Job
 from service.runtime import Runtime, SystemClock, open_runtime
 from service.sandbox.app import Sandbox, run_sandbox
@@ -77,11 +80,18 @@ def scaled_limits(speed: float) -> Limits:
 
 @asynccontextmanager
 async def running(
-    tmp_path: Path, *, faults: FaultPlan | None = None, speed: float = SPEED, recogniser: RecogniserFactory = marked.MarkedWords, **settings: Any
+    tmp_path: Path,
+    *,
+    faults: FaultPlan | None = None,
+    speed: float = SPEED,
+    recogniser: RecogniserFactory = marked.MarkedWords,
+    **settings: Any,
 ) -> AsyncIterator[Kit]:
     """Sandbox, runtime and worker for the length of the context."""
     async with AsyncExitStack() as stack:
-        sandbox = await stack.enter_async_context(run_sandbox(recogniser=recogniser, faults=faults, speed=speed, keep_audio=True))
+        sandbox = await stack.enter_async_context(
+            run_sandbox(recogniser=recogniser, faults=faults, speed=speed, keep_audio=True)
+        )
         upstream = await stack.enter_async_context(AssemblyAI(sandbox.url, KEY, limits=scaled_limits(speed)))
         loaded = load_settings(data_dir=tmp_path / "data", upstream_url=sandbox.url, assemblyai_api_key=KEY, **settings)
         runtime = await stack.enter_async_context(open_runtime(loaded, clock=SystemClock(speed), upstream=upstream))
@@ -101,7 +111,9 @@ def spoken(events: Sequence[dict[str, Any]], channel: int | None = None) -> list
 
 
 def check(events: Sequence[dict[str, Any]], log: Sequence[Event], job: Job) -> None:
-    """Invariants of one ended job: what a client saw joined to what is kept (I2, I3, I4, I5 and the rules for partials)."""
+    """Invariants of one ended job: what a client saw joined to what is kept (I2, I3, I4, I5 and the rules for
+    partials).
+    """
     seen = [event["id"] for event in events if event["id"] is not None]
     assert seen == list(range(1, len(seen) + 1)), "ids 1…n without a gap, each once"
     assert seen == [event.seq for event in log], "what was shown is what is kept"
@@ -113,7 +125,9 @@ def check(events: Sequence[dict[str, Any]], log: Sequence[Event], job: Job) -> N
     if job.status == "completed":
         assert job.coverage is not None
         terminated = [s for s in job.sessions if s.audio_duration_seconds is not None]
-        assert terminated or (job.warnings and not job.coverage.complete), "completed: Termination, or a warning and not complete"
+        assert terminated or (job.warnings and not job.coverage.complete), (
+            "completed: Termination, or a warning and not complete"
+        )
     _check_partials(events)
     _check_progress(events)
 
@@ -148,7 +162,7 @@ def statuses(events: Sequence[dict[str, Any]]) -> list[tuple[str, str | None]]:
     return [(event["status"], event["stage"]) for event in events if event["type"] == "job.status"]
 
 
-async def eventually(condition: Any, seconds: float = 10.0) -> None:  # noqa: ANN401
+async def eventually(condition: Any, seconds: float = 10.0) -> None:
     """Wait for `condition()` to hold; fails when it does not."""
     async with asyncio.timeout(seconds):
         while not condition():

@@ -1,7 +1,8 @@
-"""Audio that says where it is, and a recogniser that reads it: how the suites prove that every 10 ms and every word came exactly once.
+"""Audio that says where it is, and a recogniser that reads it: how the suites prove that every 10 ms and every word
+came exactly once.
 
-Every sample of 10 ms block n is n + 1 (0 is padding). A word is 200 ms, named by its number in the *file*, so a word heard by two sessions or by none
-shows; a word of which a session heard only a part is spelt with a question mark.
+Every sample of 10 ms block n is n + 1 (0 is padding). A word is 200 ms, named by its number in the *file*, so a word
+heard by two sessions or by none shows; a word of which a session heard only a part is spelt with a question mark.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
-"""Matrix A: what goes wrong upstream, and that every word comes exactly once all the same, or the job fails with the right error.
+"""Matrix A: what goes wrong upstream, and that every word comes exactly once all the same, or the job fails with the
+right error.
 
-The audio says where it is (`tests/marked.py`): words are numbered in the file, blocks of 10 ms are marked, so that a seam that skips or doubles shows.
+The audio says where it is (`tests/marked.py`): words are numbered in the file, blocks of 10 ms are marked, so that a
+seam that skips or doubles shows.
 """
 
 from pathlib import Path
@@ -183,7 +185,9 @@ async def test_429_honours_retry_after_and_keeps_what_was_said(tmp_path: Path) -
 async def test_closing_at_any_chunk_loses_nothing(tmp_path: Path) -> None:
     """A4 at 20 points, all jobs at once."""
     points = range(50, DURATION_MS, DURATION_MS // 20)
-    faults = f.FaultPlan({str(n): [f.Drop(at_ms=at) if n % 2 else C(at_ms=at, code=1011)] for n, at in enumerate(points, 1)})
+    faults = f.FaultPlan(
+        {str(n): [f.Drop(at_ms=at) if n % 2 else C(at_ms=at, code=1011)] for n, at in enumerate(points, 1)}
+    )
     async with running(tmp_path, faults=faults, speed=4) as kit:
         await _many(kit, len(points))
 

@@ -1,8 +1,8 @@
 """BlobStore in a directory: one file a job. FLOOR 3.
 
-A blob is written to `<key>.part`, fsynced, renamed, and the directory fsynced: on return it survives a power cut, and before that nobody can see
-it. Files are 0600, the directory 0700. All disk work happens in threads, in pieces of at least `BATCH` bytes, so that the event loop and the
-streams on it never wait for a disk.
+A blob is written to `<key>.part`, fsynced, renamed, and the directory fsynced: on return it survives a power cut, and
+before that nobody can see it. Files are 0600, the directory 0700. All disk work happens in threads, in pieces of at
+least `BATCH` bytes, so that the event loop and the streams on it never wait for a disk.
 """
 
 import asyncio

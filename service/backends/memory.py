@@ -1,8 +1,8 @@
 """JobQueue and Bus inside one process. FLOOR 3.
 
-The queue remembers which jobs were announced and not yet taken, so that ringing twice costs nothing. The bus hands the very same `Event` to
-every subscriber: what was encoded once is never encoded again. A subscriber that falls behind loses the oldest; whoever reads closes the gap
-from the store.
+The queue remembers which jobs were announced and not yet taken, so that ringing twice costs nothing. The bus hands
+the very same `Event` to every subscriber: what was encoded once is never encoded again. A subscriber that falls
+behind loses the oldest; whoever reads closes the gap from the store.
 """
 
 import asyncio

@@ -1,8 +1,9 @@
 """What became of every millisecond of the file. FLOOR 0.
 
-A range counts as covered when a session that ended with Termination was handed it, or when a session finalized past it. Anything else is a
-gap. `complete` means: no gap, and each terminated session says it processed what it was sent, give or take 1,500 ms, because upstream counts
-whole seconds; and each channel's newest session was properly terminated, for only that says that nothing was still to be said.
+A range counts as covered when a session that ended with Termination was handed it, or when a session finalized past
+it. Anything else is a gap. `complete` means: no gap, and each terminated session says it processed what it was sent,
+give or take 1,500 ms, because upstream counts whole seconds; and each channel's newest session was properly
+terminated, for only that says that nothing was still to be said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,13 @@ def known_to(session: Session, finalized: Mapping[str, int]) -> int:
 def resume_from(sessions: Sequence[Session], finalized: Mapping[str, int]) -> int:
     """Where in the file (ms) the next session of a channel starts, given those before it.
 
-    At the end of the last final turn; what a session heard after that and did not finalize when it ended properly is known to be silence, but for
-    a word that its end cut in two: that much is heard again, and not said twice because it was never said.
+    At the end of the last final turn; what a session heard after that and did not finalize when it ended properly is
+    known to be silence, but for a word that its end cut in two: that much is heard again, and not said twice because
+    it was never said.
     """
-    return max((max(finalized.get(s.id, 0), known_to(s, finalized) - OVERLAP_MS, s.offset_ms) for s in sessions), default=0)
+    return max(
+        (max(finalized.get(s.id, 0), known_to(s, finalized) - OVERLAP_MS, s.offset_ms) for s in sessions), default=0
+    )
 
 
 def _upstream_ms(session: Session) -> int:

@@ -1,7 +1,7 @@
 """The one error tree, split first by whose fault it is. FLOOR 0.
 
-Every leaf has a stable `code`; its docstring is the public sentence, used when no better `detail` is known. HTTP statuses live at the
-edge (`web/problems.py`), close codes in `core/protocol.py`: nothing here knows a transport.
+Every leaf has a stable `code`; its docstring is the public sentence, used when no better `detail` is known. HTTP
+statuses live at the edge (`web/problems.py`), close codes in `core/protocol.py`: nothing here knows a transport.
 
     TurnwireError
     ├── CallerError        the request is wrong; mending it is up to the caller

@@ -1,7 +1,9 @@
-"""A job, its turns and its events: the values, the legal transitions, and the one public JSON form that GET, SSE and webhooks share. FLOOR 0.
+"""A job, its turns and its events: the values, the legal transitions, and the one public JSON form that GET, SSE and
+webhooks share. FLOOR 0.
 
-Invariants: a job's `status` moves only along `TRANSITIONS`; a durable event has the next integer `seq` of its job; an event is encoded once,
-as a line of JSON and as an SSE frame, and those bytes go to every subscriber. While a claim lives only its owner appends to the job.
+Invariants: a job's `status` moves only along `TRANSITIONS`; a durable event has the next integer `seq` of its job; an
+event is encoded once, as a line of JSON and as an SSE frame, and those bytes go to every subscriber. While a claim
+lives only its owner appends to the job.
 """
 
 import datetime
@@ -220,7 +222,11 @@ def links(job_id: str) -> dict[str, str]:
 
 def rfc3339(unix_ms: int) -> str:
     """`2026-11-21T09:35:27.123Z`."""
-    return datetime.datetime.fromtimestamp(unix_ms / 1000, datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return (
+        datetime.datetime.fromtimestamp(unix_ms / 1000, datetime.UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )
 
 
 to_json = msgspec.json.Encoder().encode
@@ -234,8 +240,8 @@ turn_from_json = msgspec.json.Decoder(Turn).decode
 class Event(msgspec.Struct, gc=False):
     """One event of a job, encoded once.
 
-    `seq` is the durable id, None where the event has none. `after_seq` of such an event is the newest durable event it must follow.
-    `json` is the line of JSON; `sse` the frame made of it.
+    `seq` is the durable id, None where the event has none. `after_seq` of such an event is the newest durable event
+    it must follow. `json` is the line of JSON; `sse` the frame made of it.
     """
 
     job_id: str
@@ -261,13 +267,16 @@ class Event(msgspec.Struct, gc=False):
 TERMINAL_EVENTS = frozenset({"job.completed", "job.failed", "job.canceled"})
 
 
-def make_event(job_id: str, seq: int | None, kind: str, at_ms: int, payload: dict[str, Any], *, after_seq: int = 0) -> Event:
+def make_event(
+    job_id: str, seq: int | None, kind: str, at_ms: int, payload: dict[str, Any], *, after_seq: int = 0
+) -> Event:
     """Encode an event: `id`, `type`, `job_id`, `at` and the payload's members beside them."""
     body = {"id": seq, "type": kind, "job_id": job_id, "at": rfc3339(at_ms), **payload}
     return Event(job_id, seq, kind, to_json(body), after_seq)
 
 
-# What is told over the bus only, never kept and never shown: the rows are gone, please stop, somebody has begun to listen.
+# What is told over the bus only, never kept and never shown: the rows are gone, please stop, somebody has begun to
+# listen.
 DELETED, CANCEL, LISTENING = "deleted", "cancel", "listening"
 
 

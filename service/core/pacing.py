@@ -1,9 +1,10 @@
 """The send schedule of one upstream session: which audio goes when. FLOOR 0.
 
-A chunk is ceil(rate * chunk_ms / 1000) frames, due at start + (frames before it) / rate, where start is the arrival of Begin and chunk 0 goes
-at once: positions are counted in frames, so no rate drifts. Nothing is sent early; what is late is caught up at most at 1.05 times real time,
-because upstream closes sessions that are fed faster. The last chunk is padded with silence to the shortest message upstream accepts.
-Source: https://www.assemblyai.com/docs/streaming/api-spec/streaming-websocket (50 to 1000 ms a message, at most 128 kB).
+A chunk is ceil(rate * chunk_ms / 1000) frames, due at start + (frames before it) / rate, where start is the arrival
+of Begin and chunk 0 goes at once: positions are counted in frames, so no rate drifts. Nothing is sent early; what is
+late is caught up at most at 1.05 times real time, because upstream closes sessions that are fed faster. The last
+chunk is padded with silence to the shortest message upstream accepts. Source:
+https://www.assemblyai.com/docs/streaming/api-spec/streaming-websocket (50 to 1000 ms a message, at most 128 kB).
 """
 
 from math import ceil
@@ -42,6 +43,8 @@ class Schedule:
 
 
 def backoff(attempt: int, jitter: float) -> float:
-    """Seconds before reconnect number `attempt` (0-based): full jitter over 0.5 s doubling to 30 s; `jitter` is uniform in 0…1."""
+    """Seconds before reconnect number `attempt` (0-based): full jitter over 0.5 s doubling to 30 s; `jitter` is
+    uniform in 0…1.
+    """
     ceiling: float = min(30.0, 0.5 * 2 ** min(attempt, 6))
     return max(0.05, ceiling * jitter)

@@ -1,8 +1,10 @@
-"""The wire of AssemblyAI Streaming v3: messages to and from JSON, the query string, and what every end of a session means. FLOOR 0.
+"""The wire of AssemblyAI Streaming v3: messages to and from JSON, the query string, and what every end of a session
+means. FLOOR 0.
 
-Invariants: an unknown message type is a value (`Unknown`), never an error; a known type with impossible fields is `Malformed`; each way a
-session can end is decided by one table, `ENDS`, read from the top, by code *and* text, because the codes have moved between releases.
-Source of the rules: https://www.assemblyai.com/docs/streaming/common-session-errors-and-closures and
+Invariants: an unknown message type is a value (`Unknown`), never an error; a known type with impossible fields is
+`Malformed`; each way a session can end is decided by one table, `ENDS`, read from the top, by code *and* text,
+because the codes have moved between releases. Source of the rules:
+https://www.assemblyai.com/docs/streaming/common-session-errors-and-closures and
 https://www.assemblyai.com/docs/streaming/api-spec/streaming-websocket (state of November 2026).
 """
 
@@ -116,9 +118,12 @@ _head = msgspec.json.Decoder(_Head)
 
 
 def decode(frame: str | bytes) -> Message:
-    """Parse one text frame; raises `Malformed`. A frame with `error` is an Error even without a type (older services)."""
+    """Parse one text frame; raises `Malformed`. A frame with `error` is an Error even without a type (older
+    services).
+    """
     try:
-        return _message.decode(frame)
+        message: Message = _message.decode(frame)
+        return message
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     try:
@@ -128,7 +133,9 @@ def decode(frame: str | bytes) -> Message:
     if head.error is not None and head.type in (None, "Error"):
         return ErrorFrame(head.error_code, head.error)
     if head.type is None or head.type in _KNOWN:
-        raise Malformed(f"AssemblyAI sent a {head.type or 'typeless'} message with fields missing or of the wrong type.")
+        raise Malformed(
+            f"AssemblyAI sent a {head.type or 'typeless'} message with fields missing or of the wrong type."
+        )
     return Unknown(head.type)
 
 
@@ -136,7 +143,9 @@ def decode(frame: str | bytes) -> Message:
 
 
 def query(options: Mapping[str, Any], *, sample_rate: int) -> str:
-    """Encode streaming options: lists as one JSON string, booleans in lower case, `sample_rate` of the audio on the wire (Hz)."""
+    """Encode streaming options: lists as one JSON string, booleans in lower case, `sample_rate` of the audio on the
+    wire (Hz).
+    """
     pairs = [("sample_rate", str(sample_rate)), ("encoding", "pcm_s16le")]
     pairs += [(name, _parameter(value)) for name, value in options.items()]
     return urlencode(pairs)
@@ -152,15 +161,28 @@ def _parameter(value: object) -> str:
 
 # --- how sessions end ------------------------------------------------------------------------------------------------
 
-EndKind = Literal["refused", "closed", "lost", "unreachable", "no_begin", "silent", "stalled", "no_termination", "oversized", "invalid", "malformed"]
+EndKind = Literal[
+    "refused",
+    "closed",
+    "lost",
+    "unreachable",
+    "no_begin",
+    "silent",
+    "stalled",
+    "no_termination",
+    "oversized",
+    "invalid",
+    "malformed",
+]
 Action = Literal["retry", "once", "wait", "rotate", "fail"]
 
 
 class SessionEnd(msgspec.Struct, frozen=True, kw_only=True):
     """How a session ended when nobody asked it to.
 
-    `kind` "refused": HTTP answer instead of an upgrade, `code` its status. "closed": Error frame and/or close frame, `code` the Error frame's
-    before the close frame's, `reason` the Error frame's text before the close reason. Every other kind has no code.
+    `kind` "refused": HTTP answer instead of an upgrade, `code` its status. "closed": Error frame and/or close frame,
+    `code` the Error frame's before the close frame's, `reason` the Error frame's text before the close reason. Every
+    other kind has no code.
     """
 
     kind: EndKind
@@ -179,7 +201,9 @@ class SessionEnded(UpstreamError):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What to do about an end: `retry` with backoff, `once` more only, `wait` for capacity, `rotate` at once, or `fail` with `error`."""
+    """What to do about an end: `retry` with backoff, `once` more only, `wait` for capacity, `rotate` at once, or
+    `fail` with `error`.
+    """
 
     action: Action
     error: str
@@ -248,7 +272,13 @@ ENDS: tuple[_Row, ...] = (
 def classify(end: SessionEnd) -> Verdict:
     """The first row of `ENDS` that fits `end`; every end fits one."""
     for row in ENDS:
-        if end.kind in row.kinds and (row.codes is None or end.code in row.codes) and re.search(row.text, end.reason, re.IGNORECASE):
-            message = row.message.format(code=end.code or "no code", reason=end.reason.rstrip(". ") or "no reason given")
+        if (
+            end.kind in row.kinds
+            and (row.codes is None or end.code in row.codes)
+            and re.search(row.text, end.reason, re.IGNORECASE)
+        ):
+            message = row.message.format(
+                code=end.code or "no code", reason=end.reason.rstrip(". ") or "no reason given"
+            )
             return Verdict(row.action, row.error, message)
     raise AssertionError(f"no row of ENDS fits {end}")  # unreachable: a test walks all kinds and codes

@@ -1,8 +1,9 @@
 """One upstream conversation as a state machine: opening → streaming → draining → done. FLOOR 0.
 
-It knows how long each state may last, when a session should be replaced before it expires, and which ends were asked for. Times are seconds of
-the caller's monotonic clock; nothing here reads one. Source: https://www.assemblyai.com/docs/streaming/api-spec/streaming-websocket
-(sessions live at most three hours; Terminate is answered by the open turn, then Termination).
+It knows how long each state may last, when a session should be replaced before it expires, and which ends were asked
+for. Times are seconds of the caller's monotonic clock; nothing here reads one. Source:
+https://www.assemblyai.com/docs/streaming/api-spec/streaming-websocket (sessions live at most three hours; Terminate
+is answered by the open turn, then Termination).
 """
 
 from enum import StrEnum
@@ -76,7 +77,9 @@ class Conversation:
         return SessionEnd(kind="no_termination", reason="no Termination came")
 
     def should_rotate(self, now: float, *, speaking: bool) -> bool:
-        """Whether to go on in a new session: from a few minutes before expiry at the next turn boundary, shortly before it anyway."""
+        """Whether to go on in a new session: from a few minutes before expiry at the next turn boundary, shortly
+        before it anyway.
+        """
         if self.state != State.STREAMING:
             return False
         left = self._expires - now

@@ -1,9 +1,10 @@
 """Folding one upstream session's messages into the turns of the job. FLOOR 0.
 
-Upstream counts time and turns from zero in every session; here they become positions in the file and one running index. Invariants, whatever
-order upstream sends in: a turn is final once per (session, turn_order); what changes it later is a revision with the same index; a partial never
-follows the final of its turn nor precedes an earlier turn's final; finals without text are dropped.
-Source: https://www.assemblyai.com/docs/streaming/universal-streaming/message-sequence
+Upstream counts time and turns from zero in every session; here they become positions in the file and one running
+index. Invariants, whatever order upstream sends in: a turn is final once per (session, turn_order); what changes it
+later is a revision with the same index; a partial never follows the final of its turn nor precedes an earlier turn's
+final; finals without text are dropped. Source:
+https://www.assemblyai.com/docs/streaming/universal-streaming/message-sequence
 """
 
 from collections.abc import Iterator
@@ -41,8 +42,8 @@ class Folder:
     def turn(self, message: protocol.Turn, *, next_index: int, elapsed_ms: float, position_ms: int) -> Folded | None:
         """Fold one Turn message.
 
-        `next_index` is the job's next free turn index, `elapsed_ms` the time since the session's first chunk was due, `position_ms` the
-        position of the stream in the file, which stands in for the times of a turn without words.
+        `next_index` is the job's next free turn index, `elapsed_ms` the time since the session's first chunk was due,
+        `position_ms` the position of the stream in the file, which stands in for the times of a turn without words.
         """
         if not message.end_of_turn:
             return self._partial(message, next_index, position_ms)
@@ -128,7 +129,11 @@ class Folder:
 
     def _word(self, word: protocol.Word) -> TurnWord:
         return TurnWord(
-            text=word.text, start_ms=self._ms(word.start), end_ms=self._ms(word.end), confidence=word.confidence, speaker=word.speaker
+            text=word.text,
+            start_ms=self._ms(word.start),
+            end_ms=self._ms(word.end),
+            confidence=word.confidence,
+            speaker=word.speaker,
         )
 
     def _ms(self, session_ms: float) -> int:

@@ -1,8 +1,9 @@
 """Every truth and every fence, in SQLAlchemy Core, one implementation for SQLite and PostgreSQL. FLOOR 2.
 
-Invariants: a write of a claim carries its epoch and the event number it follows, and is refused (`Fenced`) when either has moved on; a write
-whose answer was lost is recognised when it is tried again; an event is in the log before anyone is told of it; event numbers have no gaps.
-Writes go through `writer.Writer`; reads have connections of their own and hold none while idle.
+Invariants: a write of a claim carries its epoch and the event number it follows, and is refused (`Fenced`) when
+either has moved on; a write whose answer was lost is recognised when it is tried again; an event is in the log before
+anyone is told of it; event numbers have no gaps. Writes go through `writer.Writer`; reads have connections of their
+own and hold none while idle.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, and_, delete, event, insert, or_, select, tuple_, update
+from sqlalchemy import Select, and_, delete, event, func, insert, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -23,7 +24,7 @@ from sqlalchemy.pool import StaticPool
 from service.core.errors import Fenced, Unavailable
 from service.core.job import Claim, Event, Job, Status, Turn, job_from_json, to_json, turn_from_json
 from service.store import schema
-from service.store.schema import count, events, jobs, now_ms, turns
+from service.store.schema import events, jobs, now_ms, turns
 from service.store.writer import Writer
 
 MAX_STRIKES = 3
@@ -40,7 +41,8 @@ class Record:
     event_seq: int
     cancel_requested: bool
     created_ms: int
-    finalized: dict[str, int] = field(default_factory=dict)  # only where the job is about to be changed: session → end of its last final
+    # Only where the job is about to be changed: session → end of its last final.
+    finalized: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -96,8 +98,14 @@ def _engine(url: str, *, writing: bool) -> AsyncEngine:
     def _connected(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's connection
         connection.isolation_level = None  # transactions are begun below, not by the driver
         cursor = connection.cursor()
-        # FULL: a commit survives power loss. The short timeout: the writer itself waits and retries, and must notice uploads giving up.
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={200 if writing else 5000}", f"query_only={int(not writing)}"):
+        # FULL: a commit survives power loss. The short timeout: the writer itself waits and retries, and must notice
+        # uploads giving up.
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            f"busy_timeout={200 if writing else 5000}",
+            f"query_only={int(not writing)}",
+        ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
@@ -145,8 +153,9 @@ class Store:
 
         async def run(connection: AsyncConnection) -> None:
             row = {
-                "id": job.id, "owner": owner, "status": job.status, "created_ms": created_ms, "epoch": 0, "lease_until_ms": 0,
-                "not_before_ms": 0, "strikes": 0, "event_seq": len(made), "cancel_requested": False, "doc": to_json(job),
+                "id": job.id, "owner": owner, "status": job.status, "created_ms": created_ms, "doc": to_json(job),
+                "epoch": 0, "lease_until_ms": 0, "not_before_ms": 0, "strikes": 0, "cancel_requested": False,
+                "event_seq": len(made),
             }  # fmt: skip
             await connection.execute(insert(jobs), row)
             await self._append(connection, made)
@@ -160,7 +169,9 @@ class Store:
         """
 
         async def run(connection: AsyncConnection) -> Record | None:
-            row = (await connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update())).mappings().first()
+            row = (
+                (await connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update())).mappings().first()
+            )
             if row is None:
                 return None
             record = _record(row, await self._finalized(connection, job_id))
@@ -168,7 +179,9 @@ class Store:
             if write is None:
                 return record
             if write.withdraw_from is not None:
-                await connection.execute(delete(turns).where(turns.c.job_id == job_id, turns.c.idx >= write.withdraw_from))
+                await connection.execute(
+                    delete(turns).where(turns.c.job_id == job_id, turns.c.idx >= write.withdraw_from)
+                )
             await self._append(connection, write.events)
             seq = record.event_seq + len(write.events)
             values = {"status": write.job.status, "event_seq": seq, "doc": to_json(write.job), "strikes": 0,
@@ -183,7 +196,9 @@ class Store:
 
         async def run(connection: AsyncConnection) -> None:
             await connection.execute(
-                update(jobs).where(jobs.c.id == job_id, jobs.c.status == Status.PROCESSING).values(cancel_requested=True)
+                update(jobs)
+                .where(jobs.c.id == job_id, jobs.c.status == Status.PROCESSING)
+                .values(cancel_requested=True)
             )
 
         await self._writer.write(job_id, run)
@@ -205,13 +220,15 @@ class Store:
     ) -> Claim | Busy | None:
         """Take a queued job, or one whose worker is gone. None: there is nothing to do.
 
-        `begin(record, strikes)` says what the job becomes, where strikes are the claims that died without a new final; if it becomes terminal
-        (too many of them) there is no claim.
+        `begin(record, strikes)` says what the job becomes, where strikes are the claims that died without a new
+        final; if it becomes terminal (too many of them) there is no claim.
         """
 
         async def run(connection: AsyncConnection) -> Claim | Busy | None:
             clock = (await connection.execute(select(now_ms()))).scalar_one()
-            row = (await connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update())).mappings().first()
+            row = (
+                (await connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update())).mappings().first()
+            )
             if row is None or row["status"] not in (Status.QUEUED, Status.PROCESSING):
                 return None
             wait_ms = row["lease_until_ms"] if row["status"] == Status.PROCESSING else row["not_before_ms"]
@@ -222,8 +239,10 @@ class Store:
             await self._append(connection, made)
             seq = record.event_seq + len(made)
             epoch = record.epoch + 1
-            values = {"status": job.status, "epoch": epoch, "lease_until_ms": clock + int(lease_s * 1000), "strikes": row["strikes"] + 1,
-                      "event_seq": seq, "doc": to_json(job)}  # fmt: skip
+            values = {
+                "status": job.status, "epoch": epoch, "lease_until_ms": clock + int(lease_s * 1000),
+                "strikes": row["strikes"] + 1, "event_seq": seq, "doc": to_json(job),
+            }  # fmt: skip
             await connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
             if job.terminal:
                 return None
@@ -242,22 +261,33 @@ class Store:
         if write.turns or job.status == Status.QUEUED:
             values["strikes"] = 0
         if job.status != Status.PROCESSING:
-            values |= {"lease_until_ms": 0, "cancel_requested": False, "not_before_ms": now_ms() + int(write.not_before_s * 1000)}
+            values |= {
+                "lease_until_ms": 0,
+                "cancel_requested": False,
+                "not_before_ms": now_ms() + int(write.not_before_s * 1000),
+            }
         mine = and_(jobs.c.id == job.id, jobs.c.epoch == claim.epoch)
 
         async def run(connection: AsyncConnection) -> None:
             fence = and_(mine, jobs.c.status == Status.PROCESSING, jobs.c.event_seq == after_seq)
             if (await connection.execute(update(jobs).where(fence).values(values))).rowcount == 0:
                 # Either somebody else's job by now, or this very commit went through and only its answer was lost.
-                if (await connection.execute(select(jobs.c.event_seq).where(mine))).scalar() == new_seq and write.events:
+                if (
+                    await connection.execute(select(jobs.c.event_seq).where(mine))
+                ).scalar() == new_seq and write.events:
                     return
                 raise Fenced
             for turn in write.revised:
                 row = {"doc": to_json(turn), "end_ms": turn.end_ms}
-                await connection.execute(update(turns).where(turns.c.job_id == job.id, turns.c.idx == turn.index).values(row))
+                await connection.execute(
+                    update(turns).where(turns.c.job_id == job.id, turns.c.idx == turn.index).values(row)
+                )
             if write.turns:
-                rows = [{"job_id": job.id, "idx": turn.index, "session_id": turn.session_id, "turn_order": turn.turn_order,
-                         "end_ms": turn.end_ms, "doc": to_json(turn)} for turn in write.turns]  # fmt: skip
+                rows = [
+                    {"job_id": job.id, "idx": turn.index, "session_id": turn.session_id, "turn_order": turn.turn_order,
+                     "end_ms": turn.end_ms, "doc": to_json(turn)}
+                    for turn in write.turns
+                ]  # fmt: skip
                 await connection.execute(self._insert_ignoring(turns).on_conflict_do_nothing(), rows)
             await self._append(connection, write.events)
 
@@ -274,7 +304,9 @@ class Store:
         mine = and_(jobs.c.id == claim.job.id, jobs.c.epoch == claim.epoch, jobs.c.status == Status.PROCESSING)
 
         async def run(connection: AsyncConnection) -> bool:
-            row = (await connection.execute(update(jobs).where(mine).values(values).returning(jobs.c.cancel_requested))).first()
+            row = (
+                await connection.execute(update(jobs).where(mine).values(values).returning(jobs.c.cancel_requested))
+            ).first()
             if row is None:
                 raise Fenced
             return bool(row[0])
@@ -349,7 +381,9 @@ class Store:
 
     async def turns(self, job_id: str, *, after: int = -1, limit: int | None = None) -> Sequence[Turn]:
         """Final turns with an index above `after`, in order."""
-        query = select(turns.c.doc).where(turns.c.job_id == job_id, turns.c.idx > after).order_by(turns.c.idx).limit(limit)
+        query = (
+            select(turns.c.doc).where(turns.c.job_id == job_id, turns.c.idx > after).order_by(turns.c.idx).limit(limit)
+        )
         return [turn_from_json(doc) for (doc,) in await self._rows(query)]
 
     async def stranded(self, limit: int = 1000) -> Sequence[tuple[str, int]]:
@@ -363,7 +397,7 @@ class Store:
 
     async def queue(self) -> tuple[int, int | None]:
         """How many jobs are queued, and since when the oldest (Unix ms)."""
-        query = select(count(), schema.func.min(jobs.c.created_ms)).where(jobs.c.status == Status.QUEUED)
+        query = select(func.count(), func.min(jobs.c.created_ms)).where(jobs.c.status == Status.QUEUED)
         depth, oldest = (await self._rows(query))[0]
         return depth, oldest
 
@@ -372,14 +406,16 @@ class Store:
         await self._rows(select(now_ms()))
         return "answers"
 
-    async def _rows(self, query: Select[Any]) -> Sequence[Any]:
+    async def _rows(self, query: Select[*tuple[Any, ...]]) -> Sequence[Any]:
         async def run(connection: AsyncConnection) -> Sequence[Any]:
             return (await connection.execute(query)).all()
 
         return await self._read(run)
 
     async def _read(self, run: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Read in a task of its own: a caller that is cancelled half way must not tear the connection. Raises `Unavailable`."""
+        """Read in a task of its own: a caller that is cancelled half way must not tear the connection. Raises
+        `Unavailable`.
+        """
 
         async def read() -> T:
             try:
@@ -405,19 +441,32 @@ class Store:
             await connection.execute(self._insert_ignoring(events).on_conflict_do_nothing(), rows)
 
     async def _finalized(self, connection: AsyncConnection, job_id: str) -> dict[str, int]:
-        query = select(turns.c.session_id, schema.func.max(turns.c.end_ms)).where(turns.c.job_id == job_id).group_by(turns.c.session_id)
-        return {session: end for session, end in (await connection.execute(query)).all()}
+        query = (
+            select(turns.c.session_id, func.max(turns.c.end_ms))
+            .where(turns.c.job_id == job_id)
+            .group_by(turns.c.session_id)
+        )
+        return dict((await connection.execute(query)).tuples().all())
 
     async def _placed(self, connection: AsyncConnection, record: Record) -> Record:
         if record.job.status == Status.QUEUED:
             earlier = and_(
-                jobs.c.status == Status.QUEUED, tuple_(jobs.c.created_ms, jobs.c.id) < tuple_(record.created_ms, record.job.id)
+                jobs.c.status == Status.QUEUED,
+                tuple_(jobs.c.created_ms, jobs.c.id) < tuple_(record.created_ms, record.job.id),
             )
-            record.job.queue_position = (await connection.execute(select(count()).select_from(jobs).where(earlier))).scalar_one() + 1
+            record.job.queue_position = (
+                await connection.execute(select(func.count()).select_from(jobs).where(earlier))
+            ).scalar_one() + 1
         return record
 
 
 def _record(row: Any, finalized: dict[str, int] | None = None) -> Record:  # noqa: ANN401 - a row mapping
     return Record(
-        job_from_json(row["doc"]), row["owner"], row["epoch"], row["event_seq"], row["cancel_requested"], row["created_ms"], finalized or {}
+        job_from_json(row["doc"]),
+        row["owner"],
+        row["epoch"],
+        row["event_seq"],
+        row["cancel_requested"],
+        row["created_ms"],
+        finalized or {},
     )

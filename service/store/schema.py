@@ -1,6 +1,19 @@
-"""The tables, once for SQLite and PostgreSQL. Migrations under `service/migrations` build them; a test compares the two."""
+"""The tables, once for SQLite and PostgreSQL. Migrations under `service/migrations` build them; a test compares the
+two.
+"""
 
-from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, MetaData, Table, Text, UniqueConstraint, func, literal_column
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -17,7 +30,9 @@ jobs = Table(
     Column("epoch", Integer, nullable=False),  # fencing token: every claim takes the next one
     Column("lease_until_ms", BigInteger, nullable=False),  # on the database's clock
     Column("not_before_ms", BigInteger, nullable=False),  # on the database's clock
-    Column("strikes", Integer, nullable=False),  # claims since the last final or hand-back: what too_many_attempts counts
+    Column(
+        "strikes", Integer, nullable=False
+    ),  # claims since the last final or hand-back: what too_many_attempts counts
     Column("event_seq", Integer, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Column("doc", LargeBinary, nullable=False),
@@ -55,12 +70,12 @@ class now_ms(FunctionElement[int]):  # noqa: N801 - reads as a function in queri
 
 
 @compiles(now_ms)
-def _now_ms(element: now_ms, compiler: object, **kw: object) -> str:
+def _now_ms(_element: now_ms, _compiler: object, **_kw: object) -> str:
     return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)"
 
 
 @compiles(now_ms, "sqlite")
-def _now_ms_sqlite(element: now_ms, compiler: object, **kw: object) -> str:
+def _now_ms_sqlite(_element: now_ms, _compiler: object, **_kw: object) -> str:
     return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
 
@@ -72,14 +87,10 @@ class filename(FunctionElement[str]):  # noqa: N801 - reads as a function in que
 
 
 @compiles(filename)
-def _filename(element: filename, compiler: object, **kw: object) -> str:
+def _filename(_element: filename, _compiler: object, **_kw: object) -> str:
     return "(convert_from(jobs.doc, 'UTF8')::json ->> 'filename')"
 
 
 @compiles(filename, "sqlite")
-def _filename_sqlite(element: filename, compiler: object, **kw: object) -> str:
+def _filename_sqlite(_element: filename, _compiler: object, **_kw: object) -> str:
     return "json_extract(CAST(jobs.doc AS TEXT), '$.filename')"
-
-
-ONE = literal_column("1")
-count = func.count

@@ -1,9 +1,10 @@
 """Group commit: all writes of a process go through one task, many to a transaction. FLOOR 2, part of the store.
 
-One writer means that no write is ever cancelled half way and that SQLite never says "locked" to itself; a group means that a thousand jobs
-share one fsync. Operations of one group are taken in job-id order, so that two processes never lock rows crosswise. A group that fails is
-tried again operation by operation. While the database is away, patient operations (those of running jobs) wait; impatient ones (uploads,
-requests) fail with `Unavailable` or `StorageFull` at once.
+One writer means that no write is ever cancelled half way and that SQLite never says "locked" to itself; a group means
+that a thousand jobs share one fsync. Operations of one group are taken in job-id order, so that two processes never
+lock rows crosswise. A group that fails is tried again operation by operation. While the database is away, patient
+operations (those of running jobs) wait; impatient ones (uploads, requests) fail with `Unavailable` or `StorageFull`
+at once.
 """
 
 import asyncio
@@ -49,7 +50,8 @@ class Writer:
     async def write(self, job_id: str, run: Callable[[AsyncConnection], Awaitable[T]], *, patient: bool = False) -> T:
         """Run `run` in the next group and return its result once it is committed.
 
-        Cancelling the caller of a patient write does not take it back. Raises what `run` raises, `Unavailable`, `StorageFull`.
+        Cancelling the caller of a patient write does not take it back. Raises what `run` raises, `Unavailable`,
+        `StorageFull`.
         """
         operation = _Operation(job_id, run, patient)
         self._waiting.append(operation)
@@ -90,7 +92,7 @@ class Writer:
                     return
                 if not self._wait_out(group[0], exc):
                     return
-            await asyncio.sleep(RETRY_SECONDS)  # noqa: TID251 - real time: the database does not run on a test's clock
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _transact(self, group: list[_Operation]) -> None:
         began = time.perf_counter()
@@ -105,7 +107,9 @@ class Writer:
 
     def _wait_out(self, operation: _Operation, exc: Exception) -> bool:
         """Whether to try again; otherwise the operation has been told."""
-        if isinstance(exc, OperationalError | InterfaceError) or (isinstance(exc, DBAPIError) and exc.connection_invalidated):
+        if isinstance(exc, OperationalError | InterfaceError) or (
+            isinstance(exc, DBAPIError) and exc.connection_invalidated
+        ):
             if operation.deadline is None:
                 return True
             full = "disk is full" in str(exc) or "disk full" in str(exc)

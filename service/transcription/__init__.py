@@ -1,7 +1,9 @@
-"""Transcribing one claimed job: validate the stored audio, pace it out, take the turns in, keep and tell them, finish. FLOOR 3.
+"""Transcribing one claimed job: validate the stored audio, pace it out, take the turns in, keep and tell them,
+finish. FLOOR 3.
 
-`transcribe` returns when the claim is over: the job is completed, failed or canceled, or back in the queue (drain, no capacity). `Fenced` means that
-somebody else has the job: everything is dropped without a word. Whatever else goes wrong ends the job as `internal`, with what was kept.
+`transcribe` returns when the claim is over: the job is completed, failed or canceled, or back in the queue (drain, no
+capacity). `Fenced` means that somebody else has the job: everything is dropped without a word. Whatever else goes
+wrong ends the job as `internal`, with what was kept.
 """
 
 import asyncio
@@ -31,7 +33,7 @@ READ = 1 << 20
 log = structlog.get_logger(__name__)
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
+class Stopped(Exception):
     """Asked to stop while validating."""
 
 
@@ -100,7 +102,9 @@ class Transcriber:
             outcomes = [Outcome("failed", Failure(exc.code, exc.detail, isinstance(exc, OurError)))]
         except Exception:
             log.exception("job failed unexpectedly", job_id=job.id)
-            failure = Failure("internal", "The service failed on this job; what was transcribed is kept. Retry it.", True)
+            failure = Failure(
+                "internal", "The service failed on this job; what was transcribed is kept. Retry it.", True
+            )
             outcomes = [Outcome("failed", failure)]
         self._conclude(recorder, control, outcomes)
 

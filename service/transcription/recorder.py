@@ -1,12 +1,14 @@
 """Keeping what a job becomes: one ordered line of changes to the store, and from there to the bus. Part of FLOOR 3.
 
-The recorder owns the job while a claim lives. Each change is applied to the job in memory and encoded as an event at once; a single task commits
-what has gathered and only then publishes it, so nothing is ever shown that could still be lost. Partials and progress follow the durable events
-they came after; of several partials of a session only the newest is told. While the database is away changes gather up to a bound; then
-`congested` asks the senders to pause.
+The recorder owns the job while a claim lives. Each change is applied to the job in memory and encoded as an event at
+once; a single task commits what has gathered and only then publishes it, so nothing is ever shown that could still be
+lost. Partials and progress follow the durable events they came after; of several partials of a session only the
+newest is told. While the database is away changes gather up to a bound; then `congested` asks the senders to pause.
 """
 
 import asyncio
+from typing import Any
+
 from service.core.errors import Fenced
 from service.core.job import (
     Claim,
@@ -79,7 +81,12 @@ class Recorder:
     def session_begin(self, session: Session) -> None:
         """An upstream session has begun."""
         self.job.sessions.append(session)
-        body = {"session_id": session.id, "model": session.model, "offset_ms": session.offset_ms, "channel": session.channel}
+        body = {
+            "session_id": session.id,
+            "model": session.model,
+            "offset_ms": session.offset_ms,
+            "channel": session.channel,
+        }
         self._event("session.begin", body)
 
     def session_lost(self, session: Session | None, closed: Closed, *, retry_in_s: float | None) -> None:
@@ -131,7 +138,10 @@ class Recorder:
     def finish(self, status: Status, *, coverage: Coverage, error: Failure | None = None) -> None:
         """End the job."""
         if not coverage.complete and status == Status.COMPLETED:
-            self.warn("incomplete_coverage", "Some of the audio is not known to have been processed upstream; see coverage.gaps.")
+            self.warn(
+                "incomplete_coverage",
+                "Some of the audio is not known to have been processed upstream; see coverage.gaps.",
+            )
         self._become(status)
         self.job.coverage = coverage
         self.job.error = error
@@ -145,7 +155,7 @@ class Recorder:
         self.job.status = status
         self.job.stage = None
 
-    def _event(self, kind: str, payload: dict[str, object]) -> None:
+    def _event(self, kind: str, payload: dict[str, Any]) -> None:
         self._seq += 1
         event = make_event(self.job.id, self._seq, kind, self._clock.utc_ms(), payload)
         self._write.events.append(event)
@@ -189,7 +199,7 @@ class Recorder:
             partial.index = self.job.turn_count
             await self._publish("turn.partial", {"turn": partial})
 
-    async def _publish(self, kind: str, payload: dict[str, object]) -> None:
+    async def _publish(self, kind: str, payload: dict[str, Any]) -> None:
         await self._bus.publish(
             self._topic, make_event(self.job.id, None, kind, self._clock.utc_ms(), payload, after_seq=self._committed)
         )
@@ -199,12 +209,10 @@ class Recorder:
         """Extend the claim, keep the progress, and only then tell it. True: a cancel was requested. Raises `Fenced`."""
         settled = self._settled
         progress = {"sent_ms": self.job.progress.sent_ms, "total_ms": self.job.progress.total_ms}
-        if self.job.status != Status.PROCESSING:
-            return False
         try:
             cancel = await self._store.renew(self._claim, lease_s=lease_s, job=self.job if settled else None)
         except Fenced:
-            if self.job.status != Status.PROCESSING:  # ended meanwhile, by ourselves
+            if self.job.status != Status.PROCESSING:  # ended by ourselves
                 return False
             raise
         if settled and self.job.stage == Stage.STREAMING:

@@ -1,7 +1,9 @@
-"""Audio out: read ahead from the blob store, converted, and sent chunk by chunk when the pacer says so. Part of FLOOR 3.
+"""Audio out: read ahead from the blob store, converted, and sent chunk by chunk when the pacer says so. Part of FLOOR
+3.
 
-`Source` reads 64 KiB blocks off the event loop, never whole files. `Sender.tick` runs on the pacer's wheel and never waits: a chunk is there or it is
-tried again a tick later, and the schedule catches up gently. Positions are milliseconds of the file.
+`Source` reads 64 KiB blocks off the event loop, never whole files. `Sender.tick` runs on the pacer's wheel and never
+waits: a chunk is there or it is tried again a tick later, and the schedule catches up gently. Positions are
+milliseconds of the file.
 """
 
 import asyncio
@@ -22,7 +24,9 @@ HIGH_WATER = 1 << 18  # bytes buffered towards a peer that does not read; it is 
 class Source:
     """The audio of one channel from a position on, as it goes upstream."""
 
-    def __init__(self, blobs: BlobStore, key: str, info: WavInfo, channel: int | Literal["mix"], position_ms: int) -> None:
+    def __init__(
+        self, blobs: BlobStore, key: str, info: WavInfo, channel: int | Literal["mix"], position_ms: int
+    ) -> None:
         """`position_ms` may be anywhere in the file."""
         self._blobs = blobs
         self._key = key
@@ -64,7 +68,6 @@ class Source:
         self._mark()
         return chunk
 
-    @property
     def exhausted(self) -> bool:
         """Nothing more will come."""
         return self.complete and self._taken == len(self._buffer)
@@ -86,7 +89,9 @@ class Sender:
         sent: Callable[[int], None],
         ended: Callable[[], None],
     ) -> None:
-        """`paused()`: the recorder cannot keep up. `sent(position_ms)` after each chunk; `ended()` when the last one would have been spoken."""
+        """`paused()`: the recorder cannot keep up. `sent(position_ms)` after each chunk; `ended()` when the last one
+        would have been spoken.
+        """
         self._session = session
         self._source = source
         self._schedule = schedule
@@ -121,7 +126,7 @@ class Sender:
         assert self.start is not None
         if self._session.failed:
             return None
-        if self._source.exhausted:
+        if self._source.exhausted():
             self._ended()
             return None
         if self._paused() or self._session.buffered > HIGH_WATER:
@@ -135,11 +140,13 @@ class Sender:
             self._chunk += 1
             self._bytes += len(chunk)
             self._sent(self._advance())
-        if self._source.exhausted:
+        if self._source.exhausted():
             return max(now, self.start + self._schedule.seconds(self._bytes))
         return self._schedule.next_send(self._chunk, start=self.start, sent_at=now)
 
     def _advance(self) -> int:
         sent_ms = self._bytes // FRAME_BYTES * 1000 // self._schedule.rate
-        self.position_ms = self._total_ms if self._source.exhausted else min(self._offset_ms + sent_ms, self._total_ms)
+        self.position_ms = (
+            self._total_ms if self._source.exhausted() else min(self._offset_ms + sent_ms, self._total_ms)
+        )
         return self.position_ms

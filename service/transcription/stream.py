@@ -1,8 +1,9 @@
 """One channel of a job, streamed through as many upstream sessions as it takes. Part of FLOOR 3.
 
-A session that is lost is followed by another that starts at the end of the last final turn, a rotated one by another that starts where it ended: no
-audio is skipped and no final said twice. One deadline (an `asyncio.timeout` that is rescheduled as the conversation moves on) bounds every wait, so
-that nothing a peer does can hold a job, and a stop takes effect in any state. Each session is entered and left in this one task.
+A session that is lost is followed by another that starts at the end of the last final turn, a rotated one by another
+that starts where it ended: no audio is skipped and no final said twice. One deadline (an `asyncio.timeout` that is
+rescheduled as the conversation moves on) bounds every wait, so that nothing a peer does can hold a job, and a stop
+takes effect in any state. Each session is entered and left in this one task.
 """
 
 import asyncio
@@ -207,9 +208,16 @@ class ChannelStream:
         self._unterminated += all_sent
         if self._unterminated >= 2:
             self._tell_lost(end, None)
-            work.recorder.warn("no_termination", "All audio was sent twice, but AssemblyAI never confirmed the end; the tail may be incomplete.")
+            work.recorder.warn(
+                "no_termination",
+                "All audio was sent twice, but AssemblyAI never confirmed the end; the tail may be incomplete.",
+            )
             return Outcome("done")
-        if verdict.action == "fail" or (verdict.action == "once" and end.code in self._once) or now - self._progress_at > work.patience_s:
+        if (
+            verdict.action == "fail"
+            or (verdict.action == "once" and end.code in self._once)
+            or now - self._progress_at > work.patience_s
+        ):
             self._tell_lost(end, None)
             return Outcome("failed", self._failure(verdict, end))
         if verdict.action == "wait":
@@ -237,12 +245,16 @@ class ChannelStream:
 
     def _failure(self, verdict: Verdict, end: SessionEnd) -> Failure:
         retryable = verdict.action in ("retry", "rotate", "once", "wait")
-        return Failure(verdict.error, verdict.message, retryable, end.code if end.kind in ("refused", "closed") else None)
+        return Failure(
+            verdict.error, verdict.message, retryable, end.code if end.kind in ("refused", "closed") else None
+        )
 
     # --- one session --------------------------------------------------------------------------------------------------
 
     async def _run_session(self, position_ms: int) -> SessionEnd | None:
-        """Stream from `position_ms` until the session ends. None: it ended as asked (at the end, for rotation, by a stop)."""
+        """Stream from `position_ms` until the session ends. None: it ended as asked (at the end, for rotation, by a
+        stop).
+        """
         work = self._work
         self._session = self._sender = self._ws = None
         options, rate = work.recorder.job.options, work.info.format.upstream_rate
@@ -254,8 +266,6 @@ class ChannelStream:
         reading.add_done_callback(self._on_read)
         try:
             async with asyncio.timeout(None) as self._limit, AsyncExitStack() as stack:
-                if work.control.stop:
-                    return None
                 async with work.gate.connecting:
                     self._ws = await stack.enter_async_context(work.upstream.connect(query))
                 self._conversation = Conversation(work.clock.now())
@@ -266,14 +276,14 @@ class ChannelStream:
                 reading.result()  # the audio is gone or unreadable: that is what ended the session
             return None if work.control.stop else self._conversation.overdue()
         except SessionEnded as exc:
-            asked = self._conversation.state == State.DONE or (work.control.stop and self._conversation.state == State.OPENING)
+            asked = self._conversation.state == State.DONE or (
+                work.control.stop and self._conversation.state == State.OPENING
+            )
             return None if asked or self._conversation.reason in ("cancel", "drain", "failed") else exc.end
         finally:
             self._limit = None
-            if self._sender is not None:
-                self._sender.stop()
             reading.cancel()
-            self._note_unclosed()
+            self._leave()
         return None
 
     async def _converse(self, ws: UpstreamSession, source: Source, position_ms: int) -> None:
@@ -285,7 +295,10 @@ class ChannelStream:
             if isinstance(message, Begin) and folder is None:
                 session = self._begin(message, position_ms)
                 folder = Folder(
-                    session_id=session.id, channel=self._channel, offset_ms=position_ms, chunk_ms=schedule.chunk_seconds * 1000
+                    session_id=session.id,
+                    channel=self._channel,
+                    offset_ms=position_ms,
+                    chunk_ms=schedule.chunk_seconds * 1000,
                 )
                 self._start_sender(ws, source, schedule, session, folder)
             elif folder is None or self._sender is None:
@@ -327,7 +340,9 @@ class ChannelStream:
         work.recorder.stage(Stage.STREAMING)
         return session
 
-    def _start_sender(self, ws: UpstreamSession, source: Source, schedule: Schedule, session: Session, folder: Folder) -> None:
+    def _start_sender(
+        self, ws: UpstreamSession, source: Source, schedule: Schedule, session: Session, folder: Folder
+    ) -> None:
         work = self._work
 
         def sent(position_ms: int) -> None:
@@ -351,7 +366,11 @@ class ChannelStream:
 
     def _finish(self, reason: Reason) -> None:
         """Send Terminate; what is still said is waited for until a deadline."""
-        if self._ws is None or self._sender is None or self._conversation.state not in (State.STREAMING, State.DRAINING):
+        if (
+            self._ws is None
+            or self._sender is None
+            or self._conversation.state not in (State.STREAMING, State.DRAINING)
+        ):
             return
         self._sender.stop()
         if self._conversation.state == State.STREAMING:
@@ -399,5 +418,9 @@ class ChannelStream:
 
     def _note_unclosed(self) -> None:
         """A session stopped before Termination came is closed by us."""
-        if self._session is not None and self._session.closed is None and self._conversation.reason in ("cancel", "drain", "failed"):
+        if (
+            self._session is not None
+            and self._session.closed is None
+            and self._conversation.reason in ("cancel", "drain", "failed")
+        ):
             self._session.closed = Closed(None, "left before Termination came")
