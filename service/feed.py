@@ -1,9 +1,10 @@
 """The one reader of a job's events, for SSE, page, command line and tests. FLOOR 3.
 
-One hub per job and process listens: subscribe first, then read how far the log is, then live. The bus may drop, double and reorder; the hub puts
-durable events in order (a gap is filled from the store, a silence is checked against it) and keeps a short tail of them, the current partial of
-each session, and the progress. A follower is only a cursor into that: it has no queue of its own, so a slow one costs nothing, gets partials
-merged to the newest, and reads the log when it is behind the tail. No database connection is held while idle.
+One hub per job and process listens: subscribe first, then read how far the log is, then live. The bus may drop,
+double and reorder; the hub puts durable events in order (a gap is filled from the store, a silence is checked against
+it) and keeps a short tail of them, the current partial of each session, and the progress. A follower is only a cursor
+into that: it has no queue of its own, so a slow one costs nothing, gets partials merged to the newest, and reads the
+log when it is behind the tail. No database connection is held while idle.
 """
 
 import asyncio
@@ -59,9 +60,11 @@ class Feed:
             hub.wake()
 
     async def follow(self, job_id: str, after: int = 0) -> AsyncGenerator[Event, None]:
-        """Every durable event after `after` exactly once and in order, and between them partials and progress as they are.
+        """Every durable event after `after` exactly once and in order, and between them partials and progress as they
+        are.
 
-        Ends after the newest event once that is terminal, when the job is deleted, or at `end`. Who leaves early closes it.
+        Ends after the newest event once that is terminal, when the job is deleted, or at `end`. Who leaves early
+        closes it.
         """
         hub = self._hubs.get(job_id)
         if hub is None or hub.over:
@@ -196,7 +199,8 @@ class _Hub:
             self.wake()
             return
         if not self.ready.is_set():
-            # Followers replay from the store by themselves; the hub needs the newest event only, to know whether the job has ended.
+            # Followers replay from the store by themselves; the hub needs the newest event only, to know whether the
+            # job has ended.
             self.last = max(0, newest - 1)
         while self.last < newest:
             page = await self._store.events_after(self._job_id, self.last, PAGE)

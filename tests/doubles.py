@@ -1,4 +1,6 @@
-"""In place of the outside world: time that leaps, a bus that loses, a browser's EventSource; and values to start from."""
+"""In place of the outside world: time that leaps, a bus that loses, a browser's EventSource; and values to start
+from.
+"""
 
 import asyncio
 import random
@@ -232,5 +234,5 @@ async def append(
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Let others run until `condition()` holds; fails when it never does."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait on
+        while not condition():
             await asyncio.sleep(0)
