@@ -416,11 +416,9 @@ class ChannelStream:
         except TimeoutError:
             self._session.closed = Closed(None, "no close frame after Termination")
 
-    def _note_unclosed(self) -> None:
-        """A session stopped before Termination came is closed by us."""
-        if (
-            self._session is not None
-            and self._session.closed is None
-            and self._conversation.reason in ("cancel", "drain", "failed")
-        ):
-            self._session.closed = Closed(None, "left before Termination came")
+    def _leave(self) -> None:
+        if self._sender is not None:
+            self._sender.stop()
+        session, stopped = self._session, self._conversation.reason in ("cancel", "drain", "failed")
+        if session is not None and session.closed is None and stopped:
+            session.closed = Closed(None, "left before Termination came")
