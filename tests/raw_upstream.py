@@ -174,15 +174,14 @@ class RawUpstream:
 
     def _run(self, sock: socket.socket) -> None:
         try:
-            peer = Peer(self._tls.wrap_socket(sock, server_side=True) if self._tls else sock, self._over)
-            self.peers.append(peer)
-            self._script(peer)
-            peer.socket.close()
-        except (EOFError, OSError):  # the client has gone
-            sock.close()
+            with self._tls.wrap_socket(sock, server_side=True) if self._tls else sock as sock:
+                peer = Peer(sock, self._over)
+                self.peers.append(peer)
+                self._script(peer)
+        except (EOFError, OSError):
+            pass  # the client has gone
         except Exception as exc:  # noqa: BLE001  raised by `stop`
             self._errors.append(exc)
-            sock.close()
 
     def stop(self) -> None:
         """Let scripts end, hang up on those that do not; raise what one of them ran into."""

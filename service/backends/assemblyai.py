@@ -15,13 +15,13 @@ from functools import partial
 from ssl import SSLContext
 from typing import Self, cast
 
-import anyio
 import h11
 import httpcore
 import httpx
 from httpx_ws import aconnect_ws
 from wsproto.utilities import generate_accept_token
 
+from service.backends.network import Transport
 from service.backends.websocket import Channel, Limits
 from service.core.protocol import TERMINATE, ErrorFrame, Malformed, Message, SessionEnd, SessionEnded, decode
 
@@ -42,7 +42,7 @@ class AssemblyAI:
         self._url = url
         self._key = api_key if parsed.scheme == "wss" or _is_loopback(parsed.host) else None
         self._limits = limits
-        self._tls = tls or httpx.create_ssl_context(trust_env=False)
+        self._tls = tls or (httpx.create_ssl_context(trust_env=False) if parsed.scheme == "wss" else None)
         self._client: httpx.AsyncClient | None = None
 
     async def __aenter__(self) -> Self:
@@ -50,7 +50,7 @@ class AssemblyAI:
         limits = self._limits
         timeout = httpx.Timeout(limits.handshake, connect=limits.connect, write=limits.write, pool=limits.connect)
         self._client = httpx.AsyncClient(
-            transport=_Transport(self._tls), timeout=timeout, trust_env=False, event_hooks={"response": [self._inspect]}
+            transport=Transport(self._tls), timeout=timeout, trust_env=False, event_hooks={"response": [self._inspect]}
         )
         await self._client.__aenter__()
         return self
@@ -85,7 +85,9 @@ class AssemblyAI:
         try:
             async with asyncio.timeout(self._limits.connect + self._limits.handshake):
                 opening = aconnect_ws(url, self._client, headers=headers, session_class=session_class)
-                return await stack.enter_async_context(opening)
+                channel = await stack.enter_async_context(opening)
+                await channel.start()
+                return channel
         except httpcore.RemoteProtocolError as exc:
             garbage = isinstance(exc.__cause__, h11.RemoteProtocolError)  # else it hung up without a word
             end = SessionEnd(kind="invalid" if garbage else "unreachable", reason=str(exc))
@@ -183,40 +185,6 @@ def _decode(frame: str | bytes) -> Message:
     if isinstance(frame, bytes):
         raise Malformed("AssemblyAI sent a binary message.")
     return decode(frame)
-
-
-class _Transport(httpx.AsyncBaseTransport):
-    """One connection per request. A pool has nothing to reuse, walks its list per connect, leaks what is cancelled."""
-
-    def __init__(self, tls: SSLContext) -> None:
-        self._tls = tls
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        url = request.url
-        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        upgrade = httpcore.Request("GET", target, headers=request.headers.raw, extensions=request.extensions)
-        connection = httpcore.AsyncHTTPConnection(target.origin, ssl_context=self._tls)
-        try:
-            response = await connection.handle_async_request(upgrade)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await connection.aclose()
-            raise
-        body = _Body(connection, response)
-        return httpx.Response(response.status, headers=response.headers, stream=body, extensions=response.extensions)
-
-
-class _Body(httpx.AsyncByteStream):
-    def __init__(self, connection: httpcore.AsyncHTTPConnection, response: httpcore.Response) -> None:
-        self._connection = connection
-        self._response = response
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for piece in self._response.aiter_stream():
-            yield piece
-
-    async def aclose(self) -> None:
-        await self._connection.aclose()
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,10 +1,10 @@
 """A websocket that cannot hang, lose a close code or grow unbounded: httpx-ws with its weak parts replaced. FLOOR 3.
 
-httpx-ws keeps the handshake, the framing and the close state machine. Replaced, each pinned by a test in
-tests/contracts/test_upstream.py: reading (never waits for the consumer, so pings are answered), writing and closing
-(bounded), keepalive (any frame is life, and a blocked writer does not hide a dead peer). Invariants: the first
-`SessionEnd` set is the one reported; a failed write never stops the reader, which may still find the reason; nothing
-follows half a frame; no exception of a background task leaves this class.
+httpx-ws does the handshake, holds the session open and, with wsproto, minds the close. Replaced, each pinned by a test
+in tests/contracts/test_httpx_ws.py: receiving (frames are parsed as bytes arrive and wait for the consumer here, so
+pings are answered whatever it does), sending (masked in C and written at once, never awaited), closing (bounded) and
+keepalive (a timer; any frame is life). Invariants: the first `SessionEnd` set is the one reported; a failed write does
+not stop the reading, which may still find the reason; nothing is sent after `failed` but the Close frame.
 """
 
 import asyncio
@@ -12,15 +12,15 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
 import httpcore
 from httpx_ws import AsyncWebSocketSession
 from wsproto.connection import ConnectionState
-from wsproto.events import BytesMessage, CloseConnection, Message, Ping, Pong, TextMessage
+from wsproto.events import CloseConnection
 
+from service.backends.frames import BINARY, CLOSE, PING, PONG, TEXT, Parser, Unreadable, encode
+from service.backends.stream import Stream
 from service.core.protocol import EndKind, SessionEnd
 
-_READ_BYTES = 65_536
 _CLOSE_CODES: dict[EndKind, int] = {"oversized": 1009, "invalid": 1002, "malformed": 1008}
 
 
@@ -43,61 +43,59 @@ class Limits:
 
 
 class Channel(AsyncWebSocketSession):
-    """One open websocket: `push` buffers what goes out, `pull` takes what came in, `end` says why it is over."""
+    """One open websocket: `push` sends, `pull` takes what came in, `end` says why it is over."""
 
-    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:  # noqa: ANN401  httpx-ws's, passed on
+    def __init__(self, stream: httpcore.AsyncNetworkStream, *, limits: Limits, **kwargs: Any) -> None:  # noqa: ANN401
         """As httpx-ws calls it, and our limits."""
-        kwargs |= {"keepalive_ping_interval_seconds": limits.ping, "keepalive_ping_timeout_seconds": limits.pong}
-        super().__init__(*args, **kwargs)
+        super().__init__(stream, **kwargs | {"keepalive_ping_interval_seconds": None})
         self._loop = asyncio.get_running_loop()
         self._limits = limits
+        self._wire: Stream = stream.get_extra_info("stream")
         self.end: SessionEnd | None = None
         self.failed = False
-        self.buffered = 0
-        self._outbox: deque[bytes | str] = deque()
-        self._draining = False
-        self._torn = False  # half a frame may be on the wire
+        self._hung_up = asyncio.Event()  # the peer's Close was read, or nothing it says can be
         self._inbox: deque[bytes | str] = deque()
         self._inbox_bytes = 0
-        self._room = asyncio.Event()
-        self._room.set()
+        self._paused = False
         self._arrival: asyncio.Future[None] | None = None
-        self._parts: list[Any] = []
-        self._parts_size = 0
+        self._parser = Parser(self._take, limits.message_bytes)
         self._heard = self._controls_since = self._loop.time()
         self._controls = 0
-        self._hung_up = asyncio.Event()  # the peer's Close, or the end of its stream, has been read
+        self._pinged = 0.0  # what `_heard` was at the last ping
+        self._life = self._loop.call_later(limits.ping, self._check_life)
+        self._patience: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Take the stream over, with what came in one packet with the upgrade."""
+        try:
+            while data := await self.stream.read(65_536, timeout=0):
+                self.data(data)
+        except (httpcore.ReadTimeout, httpcore.ReadError):
+            pass  # an end is told by `listen`
+        self._wire.listen(self)
+
+    async def _background_receive(self, max_bytes: int) -> None:
+        """Nothing: bytes come by callback."""
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def buffered(self) -> int:
+        """Bytes pushed and not yet taken by the kernel."""
+        return self._wire.buffered
+
     def push(self, message: bytes | str) -> None:
-        """Queue one message; dropped once `failed`."""
-        if self.failed:
-            return
-        self._outbox.append(message)
-        self.buffered += len(message)
-        if not self._draining:
-            self._draining = True
-            self._background_task_group.start_soon(self._drain)
+        """Send one message; dropped once `failed`."""
+        if not self.failed:
+            self._wire.send(encode(TEXT, message.encode()) if isinstance(message, str) else encode(BINARY, message))
 
-    async def _drain(self) -> None:
-        while self._outbox and not self.failed:
-            message = self._outbox.popleft()
-            event = TextMessage(message) if isinstance(message, str) else BytesMessage(message)
-            await self._write(self.connection.send(event), self._limits.write)
-            self.buffered -= len(message)
-        self._draining = False
-
-    async def _write(self, data: bytes, limit: float) -> None:
-        self._torn, torn = True, self._torn
-        try:
-            async with asyncio.timeout(limit), self._write_lock:
-                await self.stream.write(data)
-            self._torn = torn
-        except TimeoutError:
-            self.fail("stalled", f"nothing could be sent for {limit:g} s")
-        except (httpcore.WriteError, OSError):
-            self.expect_end(SessionEnd(kind="lost", reason="the connection broke while sending"))
+    def blocked(self, blocked: bool) -> None:
+        """The stream's high-water mark was passed, or is no longer."""
+        if self._patience is not None:
+            self._patience.cancel()
+        if blocked:
+            reason = f"nothing could be sent for {self._limits.write:g} s"
+            self._patience = self._loop.call_later(self._limits.write, self.fail, "stalled", reason)
 
     def expect_end(self, otherwise: SessionEnd) -> None:
         """Send no more; unless the peer's own words arrive within the close limit, the end is `otherwise`."""
@@ -115,97 +113,82 @@ class Channel(AsyncWebSocketSession):
             await self._arrival
         message = self._inbox.popleft()
         self._inbox_bytes -= len(message)
-        if len(self._inbox) <= self._limits.inbox_messages // 2 and self._inbox_bytes <= self._limits.inbox_bytes // 2:
-            self._room.set()
+        if self._paused and len(self._inbox) * 2 <= self._limits.inbox_messages:
+            self._pause(self._inbox_bytes * 2 > self._limits.inbox_bytes)
         return message
 
     def _put(self, message: bytes | str) -> None:
+        if self.end is not None:
+            return
         self._inbox.append(message)
         self._inbox_bytes += len(message)
         if len(self._inbox) >= self._limits.inbox_messages or self._inbox_bytes >= self._limits.inbox_bytes:
-            self._room.clear()
+            self._pause(True)
         self._wake()
+
+    def _pause(self, paused: bool) -> None:
+        if paused is not self._paused:
+            self._paused = paused
+            self._heard = self._loop.time()  # while nothing was read, the silence was ours
+            self._wire.pause(paused)
 
     def _wake(self) -> None:
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
-    async def _background_receive(self, max_bytes: int) -> None:  # noqa: ARG002  httpx-ws's own limit
-        reason = "the connection ended without a close frame"
+    def data(self, data: bytes) -> None:
+        """Bytes have arrived."""
         try:
-            with anyio.CancelScope(shield=True):  # reads on while `close` waits for the answer; ends with the stream
-                while not self._hung_up.is_set():
-                    await self._room.wait()
-                    self._heard = self._loop.time()  # while nothing was read, the silence was ours
-                    data = await self.stream.read(_READ_BYTES)
-                    if not data:
-                        break
-                    if self.end is None or self.connection.state is ConnectionState.LOCAL_CLOSING:
-                        await self._take(data)
-        except httpcore.ReadError:
-            reason = "the connection was reset"
-        finally:
-            self.fail("lost", reason)
-            self._hung_up.set()
+            if self._parser.feed(data):
+                self._heard = self._loop.time()
+        except Unreadable as exc:
+            self._unreadable(exc)
 
-    async def _take(self, data: bytes) -> None:
-        self.connection.receive_data(data)
-        for event in self.connection.events():
-            match event:
-                case Message() if self.end is None:
-                    self._collect(event)
-                case Ping() if self._calm() and not self.failed:
-                    await self._write(self.connection.send(event.response()), self._limits.write)
-                case Pong():
-                    self._calm()
-                case CloseConnection():
-                    await self._closed(event)
-
-    async def _closed(self, event: CloseConnection) -> None:
-        if self.connection.state not in (ConnectionState.REMOTE_CLOSING, ConnectionState.CLOSED):
-            self.fail("invalid", f"not a websocket stream: {event.reason}")  # wsproto's own verdict, not the peer's
-            self._hung_up.set()
-            return
-        self._finish(SessionEnd(kind="closed", code=int(event.code), reason=event.reason or ""))
-        if self.connection.state is ConnectionState.REMOTE_CLOSING and not self._torn:
-            await self._write(self.connection.send(event.response()), self._limits.close)
+    def _unreadable(self, exc: Unreadable) -> None:
+        self.fail(exc.kind, exc.reason)
         self._hung_up.set()
 
-    def _collect(self, event: Message[Any]) -> None:
-        self._parts.append(event.data)
-        self._parts_size += len(event.data)
-        if self._parts_size > self._limits.message_bytes:
-            self.fail("oversized", f"a message of more than {self._limits.message_bytes} bytes")
-        elif event.message_finished:
-            self._put(("" if isinstance(event, TextMessage) else b"").join(self._parts))
-            self._parts.clear()
-            self._parts_size = 0
+    def _take(self, opcode: int, payload: bytes) -> None:
+        if opcode == TEXT:
+            try:
+                self._put(payload.decode())
+            except UnicodeDecodeError:
+                raise Unreadable("invalid", "text that is not UTF-8") from None
+        elif opcode == BINARY:
+            self._put(payload)
+        elif opcode == CLOSE:
+            self._closed(payload)
+        else:
+            self._count_control()
+            if opcode == PING and not self.failed:
+                self._wire.send(encode(PONG, payload))
 
-    def _calm(self) -> bool:
-        """Count a control frame; false if it is one too many."""
+    def _count_control(self) -> None:
         now = self._loop.time()
         if now - self._controls_since >= 1:
             self._controls, self._controls_since = 0, now
         self._controls += 1
         if self._controls > self._limits.control_frames:
-            self.fail("invalid", f"more than {self._limits.control_frames} control frames in a second")
-        return self.end is None
+            raise Unreadable("invalid", f"more than {self._limits.control_frames} control frames in a second")
 
-    async def _background_keepalive_ping(self, interval_seconds: float, timeout_seconds: float | None = None) -> None:
-        """Ping after `interval_seconds` without a frame. Never waits for the writer, which may be blocked."""
-        assert timeout_seconds is not None
-        while self.end is None:
-            await asyncio.sleep(self._heard + interval_seconds - self._loop.time())
-            heard = self._heard = self._heard if self._room.is_set() else self._loop.time()
-            if heard + interval_seconds > self._loop.time():
-                continue
-            if not self.failed:
-                self._background_task_group.start_soon(self._write, self.connection.send(Ping()), self._limits.write)
-            await asyncio.sleep(timeout_seconds)
-            if self._heard == heard and self._room.is_set():
-                self.fail("silent", f"no frame for {interval_seconds + timeout_seconds:g} s")
+    def _closed(self, payload: bytes) -> None:
+        self.connection.receive_data(bytes((0x80 | CLOSE, len(payload))) + payload)
+        (event,) = self.connection.events()
+        assert isinstance(event, CloseConnection)
+        if self.connection.state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):
+            raise Unreadable("invalid", f"a Close frame that is none: {event.reason}")  # wsproto's verdict
+        self._finish(SessionEnd(kind="closed", code=int(event.code), reason=event.reason or ""))
+        if self.connection.state is ConnectionState.REMOTE_CLOSING:
+            self._wire.send(self.connection.send(event.response()))
+        self._hung_up.set()
 
     # --- the end -----------------------------------------------------------------------------------------------------
+
+    def ended(self, error: Exception | None) -> None:
+        """The stream is over."""
+        how = "ended without a close frame" if error is None else "was reset"
+        self.fail("lost", f"the connection {how}")
+        self._hung_up.set()
 
     def fail(self, kind: EndKind, reason: str) -> None:
         """Our own verdict: the connection is of no more use."""
@@ -215,20 +198,38 @@ class Channel(AsyncWebSocketSession):
         if self.end is None:
             self.end = end
         self.failed = True
-        self._room.set()  # whatever else comes is thrown away
+        self._life.cancel()
+        self.blocked(False)
+        self._pause(False)  # whatever else comes is thrown away
         self._wake()
 
+    def _check_life(self) -> None:
+        limits, now = self._limits, self._loop.time()
+        if self._paused:
+            self._heard = now
+        idle = now - self._heard
+        if idle >= limits.ping + limits.pong:
+            self.fail("silent", f"no frame for {limits.ping + limits.pong:g} s")
+            return
+        due = limits.ping
+        if idle >= limits.ping:
+            due += limits.pong
+            if self._pinged != self._heard and not self.failed:
+                self._pinged = self._heard
+                self._wire.send(encode(PING, b""))
+        self._life = self._loop.call_at(self._heard + due, self._check_life)
+
     async def close(self, code: int = 1000, reason: str | None = None) -> None:
-        """Say goodbye and wait for the answer, both bounded. httpx-ws calls this, shielded, on leaving its context."""
+        """Say goodbye and wait for the answer, bounded. httpx-ws calls this, shielded, when its context is left."""
         self.fail("lost", "closed by this side")
         assert self.end is not None
-        gone = self._torn or self.end.kind in ("silent", "stalled")
         try:
-            if self.connection.state is ConnectionState.OPEN and not gone:
-                goodbye = CloseConnection(_CLOSE_CODES.get(self.end.kind, code), reason)
-                await self._write(self.connection.send(goodbye), self._limits.close)
-            async with asyncio.timeout(0 if gone else self._limits.close):
+            async with asyncio.timeout(0 if self.end.kind in ("silent", "stalled") else self._limits.close):
+                if self.connection.state is ConnectionState.OPEN:
+                    goodbye = CloseConnection(_CLOSE_CODES.get(self.end.kind, code), reason)
+                    self._wire.send(self.connection.send(goodbye))
                 await self._hung_up.wait()
+                await self._wire.finish()
         except TimeoutError:
             pass
         finally:

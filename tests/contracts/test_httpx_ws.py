@@ -17,7 +17,8 @@ from httpx_ws import AsyncWebSocketSession, WebSocketDisconnect, WebSocketNetwor
 
 from service.backends.websocket import Channel
 from service.core.protocol import SessionEnd
-from tests.contracts.test_upstream import AUDIO, PATIENT, ended, session
+from tests.contracts.test_upstream import AUDIO, PATIENT, ended, saying, session
+from tests.contracts.test_upstream_pressure import UnreadReset
 from tests.raw_upstream import (
     BEGIN,
     BINARY,
@@ -45,7 +46,7 @@ async def stock(script: Script, **kwargs: Any) -> AsyncIterator[tuple[AsyncWebSo
                 yield live, server
 
 
-@pytest.mark.parametrize("name", ["_background_receive", "_background_keepalive_ping", "close"])
+@pytest.mark.parametrize("name", ["_background_receive", "close"])
 def test_the_replaced_parts_exist(name: str) -> None:
     """An override of something renamed would be dead code and the weakness back."""
     assert getattr(AsyncWebSocketSession, name) is not getattr(Channel, name)
@@ -165,6 +166,40 @@ async def test_the_reason_survives_a_sender_that_fails_first() -> None:
             ours.send(AUDIO)
             await asyncio.sleep(0)
         assert (await ended(ours))[1] == SessionEnd(kind="closed", code=3008, reason="Session Expired")
+
+
+async def test_the_reason_survives_a_failed_write() -> None:
+    """Stock: a write error closes the socket, and the event loop drops what it had received."""
+    script = UnreadReset()
+    async with stock(script) as (live, _):
+        await live.receive()
+        await live.send_bytes(AUDIO)
+        script.block_until_reset()
+        with contextlib.suppress(WebSocketNetworkError):
+            while True:
+                await live.send_bytes(AUDIO)
+        with pytest.raises(WebSocketNetworkError):
+            await live.receive()
+    script = UnreadReset()
+    async with session(script) as (ours, _):
+        await ours.receive()
+        ours.send(AUDIO)
+        script.block_until_reset()
+        ours.send(AUDIO)
+        assert (await ended(ours))[1].code == 3005
+
+
+async def test_a_session_costs_no_task() -> None:
+    """Stock: one reads and one pings, for each session."""
+
+    async def tasks_while(opening: contextlib.AbstractAsyncContextManager[Any]) -> int:
+        before = len(asyncio.all_tasks())
+        async with opening:
+            await asyncio.sleep(0.01)
+            return len(asyncio.all_tasks()) - before
+
+    assert await tasks_while(stock(saying(text(BEGIN)))) == 2
+    assert await tasks_while(session(saying(text(BEGIN)))) == 0
 
 
 async def send_and_read(script: Script, readers: list[asyncio.Task[None]]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import struct
 import time
@@ -44,8 +45,9 @@ from tests.raw_upstream import (
     turn,
 )
 
-FAST = Limits(connect=1, handshake=1, write=0.5, close=0.3, ping=0.2, pong=0.2)
+FAST = Limits(connect=1, handshake=1, write=0.5, close=0.15, ping=0.2, pong=0.2)
 PATIENT = replace(FAST, ping=10, pong=10)
+TRUSTING = ssl.create_default_context(cafile=CERTIFICATE)
 AUDIO = bytes(range(250)) * 12 + b"audio!" * 20  # 3,120 bytes
 
 
@@ -55,7 +57,7 @@ async def session(
 ) -> AsyncIterator[tuple[Session, RawUpstream]]:
     with raw_upstream(script, **kwargs) as server:
         async with (
-            AssemblyAI(server.url, "key", limits=limits) as upstream,
+            AssemblyAI(server.url, "key", limits=limits, tls=TRUSTING) as upstream,
             upstream.connect("sample_rate=16000") as live,
         ):
             yield live, server
@@ -207,25 +209,22 @@ async def test_over_tls() -> None:
         peer.upgrade(text(BEGIN))
         assert peer.read() == (BINARY, AUDIO * 20)
         peer.send(text(turn(0, "x" * 100_000)), text(TERMINATION), close(1000))
+        assert peer.read()[0] == CLOSE
+        with pytest.raises(EOFError):  # close_notify
+            peer.read()
 
-    with raw_upstream(script, tls=True) as server:
-        async with (
-            AssemblyAI(
-                server.url, "key", limits=PATIENT, tls=ssl.create_default_context(cafile=CERTIFICATE)
-            ) as upstream,
-            upstream.connect("") as live,
-        ):
-            await live.receive()
-            live.send(AUDIO * 20)
-            messages, end = await ended(live)
+    async with session(script, tls=True) as (live, server):
+        await live.receive()
+        live.send(AUDIO * 20)
+        messages, end = await ended(live)
         assert len(messages) == 2
         assert end.code == 1000
         async with AssemblyAI(server.url, "key", limits=PATIENT) as distrustful:
             with pytest.raises(SessionEnded) as refused:
                 async with distrustful.connect(""):
                     raise AssertionError
-        assert refused.value.end.kind == "unreachable"
-        assert "CERTIFICATE_VERIFY_FAILED" in refused.value.end.reason
+    assert refused.value.end.kind == "unreachable"
+    assert "CERTIFICATE_VERIFY_FAILED" in refused.value.end.reason
 
 
 # --- connecting ------------------------------------------------------------------------------------------------------
@@ -327,3 +326,27 @@ async def test_unreachable(url: str) -> None:
                     raise AssertionError
     assert caught.value.end.kind == "unreachable"
     assert caught.value.end.reason
+
+
+async def test_an_address_that_swallows_packets_costs_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def address(port: int, family: int = socket.AF_INET) -> tuple[Any, ...]:
+        return family, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)
+
+    with socket.socket() as hole, contextlib.ExitStack() as stack:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for _ in range(3):  # a full backlog answers no further SYN
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(hole.getsockname())
+        server = stack.enter_context(raw_upstream(saying(text(BEGIN), then=answer_close)))
+
+        async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
+            return [address(9, 999), address(hole.getsockname()[1]), address(9), address(server.port)]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+        started = time.monotonic()
+        async with AssemblyAI("ws://several.example", None, limits=PATIENT) as upstream, upstream.connect("") as live:
+            assert isinstance(await live.receive(), Begin)
+        assert 0.2 < time.monotonic() - started < 0.9
+    assert len(asyncio.all_tasks()) == 1
