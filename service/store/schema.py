@@ -13,6 +13,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    true,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -36,8 +37,12 @@ jobs = Table(
     Column("event_seq", Integer, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Column("doc", LargeBinary, nullable=False),
+    Column("ended_ms", BigInteger),  # on the database's clock; null until the job is terminal
+    Column("audio_kept", Boolean, nullable=False, default=True, server_default=true()),
     Index("jobs_by_status", "status", "created_ms", "id"),
     Index("jobs_by_owner", "owner", "created_ms", "id"),
+    Index("jobs_by_end", "ended_ms"),
+    Index("jobs_by_audio", "audio_kept", "ended_ms"),
 )
 
 turns = Table(
@@ -60,6 +65,28 @@ events = Table(
     Column("type", Text, nullable=False),
     Column("doc", LargeBinary, nullable=False),
 )
+
+# What a transaction has promised to the world outside the database. A webhook's body is the event that it tells.
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Text, primary_key=True),  # the `webhook-id`
+    Column("job_id", Text, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),  # host and port: what shares a bound on attempts at once
+    Column("status", Text, nullable=False),
+    Column("tries", Integer, nullable=False),  # of the schedule it is on; redelivery begins another
+    Column("due_ms", BigInteger),  # on the database's clock; null when there is nothing to do
+    Column("lease_until_ms", BigInteger, nullable=False),
+    Column("epoch", Integer, nullable=False),  # fencing token, like that of jobs
+    Column("log", LargeBinary, nullable=False),  # its attempts as JSON
+    Index("webhooks_by_due", "due_ms"),
+    Index("webhooks_by_job", "job_id"),
+)
+
+doomed_audio = Table("doomed_audio", metadata, Column("job_id", Text, primary_key=True))
 
 
 class now_ms(FunctionElement[int]):  # noqa: N801 - reads as a function in queries
