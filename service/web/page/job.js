@@ -91,6 +91,7 @@ const HANDLERS = {
     else state.reread = Math.min(state.reread, from_turn);
     for (const index of state.touched) if (index >= state.turns.length) state.touched.delete(index);
     state.partials.clear();
+    state.lost = null;
   },
   "session.begin": (state) => (state.lost = null),
   "session.lost": (state, event) => {
@@ -113,7 +114,6 @@ const NEWS = {
   "job.restarted": (state, { from_turn }) => {
     Object.assign(state.job, { error: null, coverage: null, finished_at: null, turn_count: from_turn });
     if (!from_turn) Object.assign(state.job, { sessions: [], progress: { ...state.job.progress, sent_ms: 0 } });
-    state.lost = null;
   },
   "session.begin": (state, { session_id, model, offset_ms, channel }) => {
     if (state.job.sessions.some(({ id }) => id === session_id)) return;

@@ -21,11 +21,11 @@ function connection({ name, seconds }) {
 }
 
 const STATUS = {
-  queued: (job) => ({
-    tone: "calm",
-    sentence: job.queue_position ? `Queued, ${inLine(job.queue_position)}. It starts by itself.` : "Queued. It starts by itself.",
-    aside: "",
-  }),
+  queued: (job, state) => {
+    const place = job.queue_position ? `, ${inLine(job.queue_position)}` : "";
+    if (!state.lost) return { tone: "calm", sentence: `Queued${place}. It starts by itself.`, aside: "" };
+    return { tone: "amber", sentence: `Waiting for capacity at AssemblyAI${place}. It goes on by itself.`, aside: why(state) };
+  },
   processing: (job, state) => (STAGES[job.stage] ?? unknown)(job, state),
   completed: (job) => {
     const took = job.started_at ? ` in ${clock(Date.parse(job.finished_at) - Date.parse(job.started_at))}` : "";
