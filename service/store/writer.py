@@ -2,9 +2,10 @@
 
 One writer means that no write is ever cancelled half way and that SQLite never says "locked" to itself; a group means
 that a thousand jobs share one fsync. Operations of one group are taken in job-id order, so that two processes never
-lock rows crosswise. A group that fails is tried again operation by operation. While the database is away, patient
-operations (those of running jobs) wait; impatient ones (uploads, requests) fail with `Unavailable` or `StorageFull`
-at once.
+lock rows crosswise. A refusal (an error of ours, raised before anything was written) concerns its operation alone; any
+other failure rolls the group back, and it is tried again operation by operation. While the database is away everything
+waits in line in its order: patient operations (those of running jobs) until it is back, impatient ones (uploads,
+requests) until they fail with `Unavailable`, or at once with `StorageFull`.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from service.core.errors import StorageFull, Unavailable
+from service.core.errors import StorageFull, TurnwireError, Unavailable
 from service.telemetry import metrics
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ Statement = Callable[[AsyncConnection], Awaitable[Any]]
 
 GROUP = 256
 RETRY_SECONDS = 0.25
-IMPATIENCE_SECONDS = 1.0
+IMPATIENCE_SECONDS = 0.5
 
 
 class _Operation:
@@ -33,8 +34,16 @@ class _Operation:
     def __init__(self, job_id: str, run: Statement, patient: bool) -> None:
         self.job_id = job_id
         self.run = run
-        self.deadline = None if patient else time.monotonic() + IMPATIENCE_SECONDS
+        self.deadline = float("inf") if patient else time.monotonic() + IMPATIENCE_SECONDS
         self.done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def tell(self, result: object) -> None:
+        if self.done.done():  # its caller has left
+            return
+        if isinstance(result, Exception):
+            self.done.set_exception(result)
+        else:
+            self.done.set_result(result)
 
 
 class Writer:
@@ -51,8 +60,10 @@ class Writer:
         """Run `run` in the next group and return its result once it is committed.
 
         Cancelling the caller of a patient write does not take it back. Raises what `run` raises, `Unavailable`,
-        `StorageFull`.
+        `StorageFull`. A `TurnwireError` may be raised by `run` only before it writes.
         """
+        if self._closing:
+            raise Unavailable
         operation = _Operation(job_id, run, patient)
         self._waiting.append(operation)
         self._wake.set()
@@ -63,17 +74,24 @@ class Writer:
         return result
 
     async def run(self) -> None:
-        """Write until `close` and until nothing is waiting."""
-        while True:
-            if not self._waiting:
-                if self._closing:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            group = [self._waiting.popleft() for _ in range(min(GROUP, len(self._waiting)))]
-            group.sort(key=lambda operation: operation.job_id)  # stable: one job's writes keep their order
-            await self._commit(group)
+        """Write until `close`, and then what is waiting, if the database is there."""
+        try:
+            while self._waiting or not self._closing:
+                if not self._waiting:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                group = [self._waiting.popleft() for _ in range(min(GROUP, len(self._waiting)))]
+                group.sort(key=lambda operation: operation.job_id)  # stable: one job's writes keep their order
+                try:
+                    await self._commit(group)
+                except Exception as exc:  # noqa: BLE001 - the database is away
+                    self._waiting.extendleft(reversed(group))
+                    self._give_up(exc)
+                    await asyncio.sleep(RETRY_SECONDS)  # real time: it does not run on a test's clock
+        finally:
+            self._closing = True
+            self._give_up(Unavailable())
 
     def close(self) -> None:
         """Let `run` return when all is written."""
@@ -81,41 +99,44 @@ class Writer:
         self._wake.set()
 
     async def _commit(self, group: list[_Operation]) -> None:
-        while group := [operation for operation in group if not operation.done.done()]:
-            try:
-                await self._transact(group)
+        """Commit together or, where that fails, one by one. Raises only what says that the database is away."""
+        group = [operation for operation in group if not operation.done.done()]
+        if not group:
+            return
+        try:
+            await self._transact(group)
+        except Exception as exc:
+            if _is_away(exc):
+                raise
+            if len(group) == 1:
+                group[0].tell(exc)
                 return
-            except Exception as exc:  # noqa: BLE001 - sorted out below, and handed to whom it concerns
-                if len(group) > 1:
-                    for operation in group:
-                        await self._commit([operation])
-                    return
-                if not self._wait_out(group[0], exc):
-                    return
-            await asyncio.sleep(RETRY_SECONDS)
+            for operation in group:
+                await self._commit([operation])
 
     async def _transact(self, group: list[_Operation]) -> None:
         began = time.perf_counter()
-        results = []
+        results: list[object] = []
         async with self._engine.begin() as connection:
             for operation in group:
-                results.append(await operation.run(connection))  # noqa: PERF401 - an await each
+                try:
+                    results.append(await operation.run(connection))
+                except TurnwireError as refusal:
+                    results.append(refusal)
         metrics.commit_seconds.observe(time.perf_counter() - began)
         for operation, result in zip(group, results, strict=True):
-            if not operation.done.done():
-                operation.done.set_result(result)
+            operation.tell(result)
 
-    def _wait_out(self, operation: _Operation, exc: Exception) -> bool:
-        """Whether to try again; otherwise the operation has been told."""
-        if isinstance(exc, OperationalError | InterfaceError) or (
-            isinstance(exc, DBAPIError) and exc.connection_invalidated
-        ):
-            if operation.deadline is None:
-                return True
-            full = "disk is full" in str(exc) or "disk full" in str(exc)
-            if not full and time.monotonic() < operation.deadline:
-                return True
-            exc = StorageFull() if full else Unavailable()
-        if not operation.done.done():
-            operation.done.set_exception(exc)
-        return False
+    def _give_up(self, exc: Exception) -> None:
+        """Tell those who cannot wait any longer; keep the others in line."""
+        full = "disk is full" in str(exc) or "disk full" in str(exc)
+        now = time.monotonic()
+        for operation in self._waiting:
+            if self._closing or now >= operation.deadline or (full and operation.deadline < float("inf")):
+                operation.tell(StorageFull() if full else Unavailable())
+        self._waiting = deque(operation for operation in self._waiting if not operation.done.done())
+
+
+def _is_away(exc: Exception) -> bool:
+    gone = isinstance(exc, DBAPIError) and exc.connection_invalidated
+    return gone or isinstance(exc, OperationalError | InterfaceError | OSError)
