@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, and_, delete, event, func, insert, or_, select, tuple_, update
+from sqlalchemy import Select, and_, delete, event, func, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -157,7 +157,7 @@ class Store:
                 "epoch": 0, "lease_until_ms": 0, "not_before_ms": 0, "strikes": 0, "cancel_requested": False,
                 "event_seq": len(made),
             }  # fmt: skip
-            await connection.execute(insert(jobs), row)
+            await connection.execute(self._insert_ignoring(jobs).on_conflict_do_nothing(), row)
             await self._append(connection, made)
 
         await self._writer.write(job.id, run)
@@ -191,17 +191,17 @@ class Store:
 
         return await self._writer.write(job_id, run)
 
-    async def request_cancel(self, job_id: str) -> None:
-        """Leave word for the worker that holds the job; its next renewal finds it if nothing else tells it."""
+    async def request_cancel(self, job_id: str) -> bool:
+        """Leave word for the worker that holds the job; its next renewal finds it if nothing else tells it.
 
-        async def run(connection: AsyncConnection) -> None:
-            await connection.execute(
-                update(jobs)
-                .where(jobs.c.id == job_id, jobs.c.status == Status.PROCESSING)
-                .values(cancel_requested=True)
-            )
+        False: nobody holds it (any more).
+        """
 
-        await self._writer.write(job_id, run)
+        async def run(connection: AsyncConnection) -> bool:
+            held = and_(jobs.c.id == job_id, jobs.c.status == Status.PROCESSING)
+            return (await connection.execute(update(jobs).where(held).values(cancel_requested=True))).rowcount > 0
+
+        return await self._writer.write(job_id, run)
 
     async def delete(self, job_id: str) -> bool:
         """Remove every row of a job; whether there was one."""
@@ -261,11 +261,9 @@ class Store:
         if write.turns or job.status == Status.QUEUED:
             values["strikes"] = 0
         if job.status != Status.PROCESSING:
-            values |= {
-                "lease_until_ms": 0,
-                "cancel_requested": False,
-                "not_before_ms": now_ms() + int(write.not_before_s * 1000),
-            }
+            values |= {"lease_until_ms": 0, "not_before_ms": now_ms() + int(write.not_before_s * 1000)}
+        if job.terminal:  # a cancel that came while the job was handed back is for whoever takes it next
+            values["cancel_requested"] = False
         mine = and_(jobs.c.id == job.id, jobs.c.epoch == claim.epoch)
 
         async def run(connection: AsyncConnection) -> None:
@@ -446,7 +444,7 @@ class Store:
             .where(turns.c.job_id == job_id)
             .group_by(turns.c.session_id)
         )
-        return dict((await connection.execute(query)).tuples().all())
+        return dict((await connection.execute(query)).all())
 
     async def _placed(self, connection: AsyncConnection, record: Record) -> Record:
         if record.job.status == Status.QUEUED:
