@@ -13,10 +13,11 @@ from service.core.protocol import MAX_MESSAGE_BYTES, MIN_CHUNK_MS
 
 FRAME_BYTES = 2  # what goes upstream is always mono s16le
 CATCH_UP = 1.05
+LAG = 0.02  # seconds a send may come after its plan and still count as sent then
 
 
 class Schedule:
-    """When chunk n is due and how long it lasts, in seconds after the session's start."""
+    """When chunk n is due and how long it lasts, in seconds after the session's start. One for each session."""
 
     def __init__(self, rate: int, chunk_ms: int) -> None:
         """`rate` in Hz as sent upstream."""
@@ -24,14 +25,21 @@ class Schedule:
         self.chunk_frames = min(ceil(rate * chunk_ms / 1000), MAX_MESSAGE_BYTES // FRAME_BYTES)
         self.chunk_bytes = self.chunk_frames * FRAME_BYTES
         self.chunk_seconds = self.chunk_frames / rate
+        self._planned = float("-inf")  # when the next chunk should go, as last told
 
     def due(self, chunk: int) -> float:
         """Seconds after the start at which chunk number `chunk` is due."""
         return chunk * self.chunk_frames / self.rate
 
     def next_send(self, chunk: int, *, start: float, sent_at: float) -> float:
-        """When to send `chunk` if the one before it went at `sent_at`: on time, or catching up gently."""
-        return max(start + self.due(chunk), sent_at + self.chunk_seconds / CATCH_UP)
+        """When to send `chunk` if the one before it went at `sent_at`: on time, or catching up gently.
+
+        Counted from when the one before was planned, not from when the timer came round to it: what each chunk gains
+        on a stall is less than that, and would be lost again.
+        """
+        before = max(self._planned, sent_at - LAG)
+        self._planned = max(start + self.due(chunk), before + self.chunk_seconds / CATCH_UP)
+        return self._planned
 
     def padded(self, chunk: bytes) -> bytes:
         """`chunk`, with silence appended if it is shorter than upstream accepts."""
