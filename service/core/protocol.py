@@ -10,7 +10,7 @@ https://www.assemblyai.com/docs/streaming/api-spec/streaming-websocket (state of
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlencode
 
 import msgspec
@@ -25,12 +25,16 @@ MAX_MESSAGE_BYTES = 128_000  # a larger audio message is closed with 1009
 # --- messages from upstream ------------------------------------------------------------------------------------------
 
 
+Ms: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+Order: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
 class Word(msgspec.Struct, gc=False, kw_only=True):
     """One word; `start` and `end` in ms of *this session's* audio."""
 
     text: str
-    start: float
-    end: float
+    start: Ms
+    end: Ms
     confidence: float = 0.0
     word_is_final: bool = False
     speaker: str | None = None
@@ -53,7 +57,7 @@ class Begin(msgspec.Struct, tag_field="type", tag="Begin"):
 class Turn(msgspec.Struct, tag_field="type", tag="Turn", gc=False):
     """A partial (`end_of_turn` false) or final turn; `turn_order` restarts with each session."""
 
-    turn_order: int
+    turn_order: Order
     end_of_turn: bool = False
     turn_is_formatted: bool = False
     transcript: str = ""
@@ -66,7 +70,7 @@ class Turn(msgspec.Struct, tag_field="type", tag="Turn", gc=False):
 class Revision(msgspec.Struct):
     """New labels for one turn."""
 
-    turn_order: int
+    turn_order: Order
     speaker_label: str | None = None
     words: list[Word] = []
 
@@ -108,30 +112,32 @@ class Malformed(UpstreamError):
 
 class _Head(msgspec.Struct):
     type: str | None = None
-    error: str | None = None
-    error_code: int | None = None
+    error: Any = None
+    error_code: Any = None
 
 
 _KNOWN = {"Begin", "Turn", "SpeakerRevision", "Termination", "Error"}
 _message = msgspec.json.Decoder(Begin | Turn | SpeakerRevision | Termination | ErrorFrame)
 _head = msgspec.json.Decoder(_Head)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def decode(frame: str | bytes) -> Message:
-    """Parse one text frame; raises `Malformed`. A frame with `error` is an Error even without a type (older
+    """Parse one text frame; raises `Malformed`. A frame with `error` is an Error, whatever else it has or lacks (older
     services).
     """
     try:
         message: Message = _message.decode(frame)
         return message
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         pass
     try:
         head = _head.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except _UNREADABLE as exc:
         raise Malformed(f"AssemblyAI sent a frame that cannot be read: {exc}") from None
     if head.error is not None and head.type in (None, "Error"):
-        return ErrorFrame(head.error_code, head.error)
+        code = head.error_code if isinstance(head.error_code, int) else None
+        return ErrorFrame(code, head.error if isinstance(head.error, str) else msgspec.json.encode(head.error).decode())
     if head.type is None or head.type in _KNOWN:
         raise Malformed(
             f"AssemblyAI sent a {head.type or 'typeless'} message with fields missing or of the wrong type."
@@ -241,7 +247,7 @@ ENDS: tuple[_Row, ...] = (
     _Row(("closed",), None, "transmission rate exceeded|too much audio buffered", "once", "upstream_protocol",
          "AssemblyAI says that audio arrived faster than real time: {reason}", _SEEN),
     _Row(("closed",), None, "session expired|maximum session duration", "rotate", "upstream_unavailable", "The AssemblyAI session expired.", _DOC),
-    _Row(("closed",), None, "inactivity", "retry", "upstream_unavailable", "AssemblyAI closed the session for inactivity.", _DOC),
+    _Row(("closed",), None, r"inactivity\b", "retry", "upstream_unavailable", "AssemblyAI closed the session for inactivity.", _DOC),
     _Row(("closed",), None, "unauthorized connection", "fail", "upstream_auth",
          "AssemblyAI refused the API key: {reason}. Check ASSEMBLYAI_API_KEY and the account, then retry the job.", _DOC),
     _Row(("closed",), None, "user input validation", "fail", "upstream_rejected",
