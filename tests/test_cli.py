@@ -1,0 +1,280 @@
+"""The command line without a service: help, wrong use, files that cannot be, what is shown of events."""
+
+import io
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from service.cli import app
+from service.cli.client import RefusedError, backoff, key_of, service_url
+from service.cli.terminal import CommandError, clock, printable, size
+from service.cli.transcribe import _format
+from service.cli.view import LiveView, Narrator, View, _tail
+
+COMMANDS = [
+    ["transcribe"],
+    ["serve"],
+    ["sandbox"],
+    ["migrate"],
+    ["doctor"],
+    ["jobs", "ls"],
+    ["jobs", "show"],
+    ["jobs", "cancel"],
+    ["jobs", "retry"],
+    ["jobs", "rm"],
+]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable and no `.env` of the machine reaches a test."""
+    from service.settings import Settings, _variable
+
+    for field in Settings.model_fields:
+        monkeypatch.delenv(_variable(field), raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def problem(*arguments: str, code: int = 2) -> str:
+    """What is said of a command that cannot be: on stderr, nothing on stdout, no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    return result.stderr
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["jobs"], *COMMANDS], ids=" ".join)
+def test_help_has_examples(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"turnwire {' '.join(command)}".rstrip() in result.stdout.partition("Example")[2]
+    assert "..." not in result.stdout.partition("Commands:")[2].partition("Example")[0], "a summary is cut short"
+
+
+def test_the_help_of_the_sandbox_has_both_formats() -> None:
+    text = run("sandbox", "--help").stdout
+    assert "Script file (--script): JSON" in text
+    assert "Fault file (--faults): JSON" in text
+    assert '{"text": "Harbor Point Claims, good morning."}' in text
+
+
+def test_version_and_wrong_use() -> None:
+    assert run("--version").stdout.startswith("turnwire ")
+    assert run().exit_code == 2
+    assert "No such command" in problem("transcripe")
+
+
+# --- wrong use -------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_cannot_be(tmp_path: Path) -> None:
+    assert "does not exist" in problem("transcribe", "nowhere.wav")
+    assert "is a directory" in problem("transcribe", str(tmp_path))
+    assert "does not exist" in problem("sandbox", "--script", "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "doc"], "should be one of txt, json, srt, vtt"),
+        (["--output", "nowhere/x.txt"], "cannot be written"),
+        (["--output", "."], "cannot be written"),
+        (["--url", "localhost:8000"], "--url: 'localhost:8000' should be an address such as http://127.0.0.1:8000"),
+        (["--url", "http://h", "--keep", "kept"], "goes without --url"),
+        (["--key", "k"], "goes with --url"),
+        (["--url", "http://127.0.0.1:9", "--key", "@nowhere"], "--key: cannot read nowhere"),
+        (["--url", "http://127.0.0.1:9", "--key", "schlüssel"], "--key: should be ASCII"),
+        (["--option", "mix"], "should be NAME=VALUE"),
+    ],
+)
+def test_wrong_options_are_said_before_anything_is_done(tmp_path: Path, options: list[str], said: str) -> None:
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    assert said in problem("transcribe", "a.wav", *options)
+
+
+def test_settings_stop_the_start_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problem("serve") == (
+        "turnwire: ASSEMBLYAI_API_KEY is not set: set it to stream to AssemblyAI, or work offline with --sandbox\n"
+    )
+    assert problem("serve", "--sandbox", "--host", "0.0.0.0").splitlines()[-1].startswith("turnwire: TURNWIRE_HOST: ")
+    monkeypatch.setenv("TURNWIRE_DATADIR", "x")
+    for command in (["serve"], ["migrate"], ["transcribe", __file__]):
+        assert problem(*command) == (
+            "turnwire: TURNWIRE_DATADIR is no setting of Turnwire: did you mean TURNWIRE_DATA_DIR?\n"
+        )
+
+
+def test_a_bad_script_is_wrong_use(tmp_path: Path) -> None:
+    (tmp_path / "script.json").write_text("{")
+    assert "script.json" in problem("sandbox", "--script", "script.json", "--port", "0")
+
+
+def test_a_service_that_is_not_there() -> None:
+    for command in (["jobs", "ls"], ["jobs", "show", "x"], ["transcribe", __file__]):
+        said = problem(*command, "--url", "http://127.0.0.1:9", code=1)
+        assert re.fullmatch(
+            "turnwire: http://127.0.0.1:9 does not answer: (no connection|Connection refused); "
+            "is it running\\? `turnwire serve` starts it\n",
+            said,
+        )
+
+
+# --- doctor and migrate ----------------------------------------------------------------------------------------------
+
+
+def marks(result: Result) -> dict[str, str]:
+    """What the doctor says: part → mark."""
+    return {line[2:16].strip(): line[0] for line in result.stdout.splitlines()}
+
+
+def test_the_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert {part for part, mark in marks(result).items() if mark == "✗"} == {"upstream"}
+    assert "127.0.0.1:9 cannot be reached" in result.stdout
+    monkeypatch.setenv("TURNWIRE_DATA_DIR", "/dev/null/data")
+    assert marks(run("doctor"))["data directory"] == "✗"
+    monkeypatch.setenv("TURNWIRE_PORT", "none")
+    assert run("doctor").stdout.startswith("✗ settings       TURNWIRE_PORT: ")
+
+
+def test_migrate_makes_the_database_the_doctor_looks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run("migrate").exit_code == 0
+    assert (tmp_path / "data" / "turnwire.db").exists()
+    monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    assert "✓ database       schema " in run("doctor").stdout
+    (tmp_path / "data" / "turnwire.db").write_bytes(b"no database" * 100)
+    assert marks(run("doctor"))["database"] == "✗"
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_cannot_move_the_cursor() -> None:
+    assert printable("a\x1b[2Jb\r\x07\x9bc\td\n") == "a[2Jbc\td\n"
+
+
+def test_figures() -> None:
+    assert [clock(ms) for ms in (0, 7_400, 61_000, 3_723_000)] == ["0:00", "0:07", "1:01", "1:02:03"]
+    assert [size(n) for n in (999, 35_096, 345_200_000, 2_000_000_000)] == ["999 B", "35.1 kB", "345.2 MB", "2.0 GB"]
+
+
+def test_the_format_is_what_is_asked_for_else_the_suffix() -> None:
+    assert _format(None, None) == _format(None, Path("talk.md")) == _format("TXT", Path("talk.srt")) == "txt"
+    assert _format(None, Path("talk.SRT")) == "srt"
+
+
+def test_addresses_and_keys(tmp_path: Path) -> None:
+    assert service_url("https://example.com/turnwire/") == "https://example.com/turnwire"
+    for wrong in ("ftp://h", "http://", "http://h?x=1", "http://u@h", "http://h:0", "http://[::1"):
+        with pytest.raises(CommandError) as caught:
+            service_url(wrong)
+        assert caught.value.code == 2
+    (tmp_path / "key").write_text("secret-key\n")
+    assert key_of(f"@{tmp_path / 'key'}") == "secret-key"
+    assert (key_of("plain"), key_of(None)) == ("plain", None)
+
+
+def test_waiting_grows_to_a_bound_and_is_spread() -> None:
+    waits = list(islice(backoff(), 200))
+    assert all(0.1 <= wait <= 10.1 for wait in waits)
+    assert waits[0] <= 0.6
+    assert max(waits) > 8
+    assert len(set(waits)) == len(waits)
+
+
+def test_an_answer_of_something_else_is_said_to_be_one() -> None:
+    assert "is this the address of a Turnwire service?" in str(RefusedError(404, {}, 0))
+
+
+# --- what is shown of events -----------------------------------------------------------------------------------------
+
+TURN = {"index": 0, "transcript": "One two.", "speaker": None, "channel": None, "session_id": "s1", "latency_ms": 640}
+STORY: list[dict[str, Any]] = [
+    {"type": "job.status", "status": "queued", "stage": None},
+    {"type": "job.status", "status": "processing", "stage": "streaming"},
+    {"type": "session.begin", "session_id": "s1", "model": "m", "offset_ms": 0, "channel": None},
+    {"type": "job.progress", "sent_ms": 400, "total_ms": 3000},
+    {"type": "turn.partial", "turn": {**TURN, "transcript": "one\x1b[2J"}},
+    {"type": "turn.final", "turn": TURN},
+    {"type": "turn.revised", "turn": TURN},
+    {"type": "turn.revised", "turn": {**TURN, "speaker": "B"}},
+    {"type": "of.tomorrow"},
+    {"type": "session.lost", "session_id": "s1", "code": 3005, "reason": "Session Cancelled", "retry_in_ms": 1500},
+    {"type": "session.begin", "session_id": "s2", "model": "m", "offset_ms": 1000, "channel": 1},
+    {"type": "job.warning", "code": "converted", "message": "Not sent as it is."},
+    {"type": "job.restarted", "from_turn": 0},
+    {"type": "stream.reset"},
+    {"type": "job.completed", "job": {"id": "j"}},
+]
+
+
+def test_a_pipe_is_told_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    narrator = Narrator(View())
+    for event in STORY:
+        narrator.tell(event)
+    assert capsys.readouterr().err.splitlines() == [
+        "Session ID: s1",
+        "[Partial] one[2J",
+        "[Final] One two.",
+        "[Revised] Speaker B: One two.",
+        "Upstream session lost (3005 Session Cancelled); trying again in 1.5 s",
+        "Session ID: s2 (channel 1) (from 0:01)",
+        "Warning: Not sent as it is. (converted)",
+        "Restarted; 1 turn withdrawn",
+        "The service has lost its place; everything follows from the start",
+    ]
+    assert narrator.job == {"id": "j"}
+
+
+def test_a_terminal_shows_what_is_alive_beneath_what_lasts() -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=70, markup=False, highlight=False)
+    now = 100.0
+    view = LiveView(screen, now=lambda: now)
+    try:
+        narrator = Narrator(view)
+        for event in STORY[:5]:
+            narrator.tell(event)
+        now += 1.0  # the bar runs on between two reports, within bounds
+        assert drawn(view) == ["[Partial] one[2J", "streaming 0:01 / 0:03"]
+        now += 60.0
+        assert drawn(view)[-1] == "streaming 0:01 / 0:03"
+        narrator.tell(STORY[5])
+        assert drawn(view) == ["streaming 0:01 / 0:03 latency 640 ms"]
+        view.lost("no connection", 2.2)
+        assert drawn(view)[0] == "Connection to the service lost: no connection; trying again in 2 s"
+        narrator.tell(STORY[3])
+        view.uploaded(345_000_000, 690_000_000)
+        assert drawn(view)[0].startswith("streaming 345.0 MB / 690.0 MB")
+    finally:
+        view.close()
+    assert "[Final]" in screen.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
+
+
+def drawn(view: LiveView) -> list[str]:
+    """What is alive on the screen, without the bar itself."""
+    plain = Console(file=io.StringIO(), width=70, markup=False, highlight=False)
+    plain.print(view._draw())
+    lines = plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return [" ".join(line.replace("━", "").replace("╸", "").replace("╺", "").split()) for line in lines]
+
+
+def test_of_a_long_partial_the_end_is_shown() -> None:
+    assert _tail("one two three", 20) == "one two three"
+    assert _tail("one two three four", 10) == "…hree four"
+    assert _tail("あいうえお", 5) == "…えお"
