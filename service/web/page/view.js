@@ -81,6 +81,7 @@ export class View {
     this.#wave.reset(0);
     for (const id of ["title", "sentence", "aside", "blank"]) say($(id), "");
     $("log").setAttribute("aria-live", "off");
+    $("log").setAttribute("aria-busy", "true");
     delete $("view").dataset.gone;
   }
 
@@ -263,6 +264,7 @@ export class View {
     // What was there before the page came is not news to a listener.
     const speak = state.caughtUp && !state.terminal && $("speak").getAttribute("aria-checked") === "true";
     $("log").setAttribute("aria-live", speak ? "polite" : "off");
+    $("log").setAttribute("aria-busy", String(!state.caughtUp));
     this.#on.changed(job);
   }
 
@@ -306,7 +308,8 @@ function keepInView(element, scroller) {
   if (below) element.scrollIntoView({ block: "center" });
 }
 
-function blank({ job, terminal }) {
+function blank({ job, terminal, caughtUp }) {
+  if (!caughtUp) return "";
   if (terminal) return job.status === "completed" ? "Nothing was said in this file." : "";
   if (job.status === "processing" && job.stage === "streaming") return "The first words will stand here.";
   return "";

@@ -103,6 +103,10 @@ class Screen:
         """Wait for a text."""
         await expect(self.of(selector)).to_contain_text(text)
 
+    async def done(self, seconds: float = 20) -> None:
+        """Wait for the end of the job, and for all of its text."""
+        await self.until("document.getElementById('sentence').textContent.startsWith('Done') && document.getElementById('log').ariaBusy === 'false'", seconds)
+
     async def check(self) -> None:
         """Nothing that must never happen did."""
         assert self.trouble == []

@@ -55,7 +55,7 @@ async def test_time_from_upstream_frame_to_painted_text(browser: Browser, tmp_pa
     async with serving(tmp_path, speed=1, recogniser=listener) as service, screen(browser, service.url) as tab:
         await tab.page.add_init_script(PAINTED)
         await tab.send(tone_wav(60))
-        await tab.until("document.getElementById('sentence').textContent === 'Done'", seconds=90)
+        await tab.done(90)
         painted: dict[str, float] = dict(await tab.page.evaluate("[...window.painted]"))
     taken = sorted(painted[word] - at for word, at in said.items() if word in painted)
     _print("upstream frame to paint, ms", taken)

@@ -93,7 +93,7 @@ async def _killed_once(tab: Screen, running: Server, seen: int) -> None:
 
 async def _whole(tab: Screen, running: Server, job_id: str, count: int) -> None:
     """What is shown is what is kept, every word of the file once."""
-    await tab.until("document.getElementById('sentence').textContent === 'Done'", seconds=60)
+    await tab.done(60)
     async with httpx.AsyncClient(base_url=running.url) as client:
         kept = (await client.get(f"/jobs/{job_id}/turns?limit=1000")).json()["data"]
     assert await tab.turns() == [turn["transcript"] for turn in kept]
