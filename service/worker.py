@@ -6,12 +6,10 @@ every job that waits and that nobody rang for: the doorbell may fail, the table 
 """
 
 import asyncio
-import contextlib
 from contextlib import AsyncExitStack
 
 import structlog
 
-from service.core.errors import TurnwireError
 from service.core.job import Claim, channels
 from service.intake import begin_claim
 from service.ports import Delivery
@@ -57,7 +55,10 @@ class Worker:
                 self._freed.clear()
                 await self._freed.wait()
             delivery = await self._runtime.queue.next()
-            await self._start(delivery)
+            try:
+                await self._start(delivery)
+            except Exception:
+                log.exception("job not begun; the reconciler will ring again", job_id=delivery.job_id)
 
     async def _start(self, delivery: Delivery) -> None:
         runtime = self._runtime
@@ -96,9 +97,11 @@ class Worker:
 
     async def _reconcile(self) -> None:
         while True:
-            with contextlib.suppress(TurnwireError, OSError):
+            try:
                 for job_id, epoch in await self._runtime.store.stranded():
                     await self._runtime.queue.announce(job_id, epoch)
+            except Exception:
+                log.exception("the queue could not be reconciled; trying again")
             await self._runtime.clock.sleep(RECONCILE_SECONDS)
 
 
