@@ -211,6 +211,13 @@ async def test_two_processes_never_share_a_data_directory(tmp_path: Path) -> Non
                 pass
 
 
+def lock_out_writers(path: Path) -> sqlite3.Connection:
+    """Holds the write lock until `close`. Waits for it, so not on the event loop that the present holder needs."""
+    lock = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=20)
+    lock.execute("BEGIN EXCLUSIVE")
+    return lock
+
+
 # --- slow ------------------------------------------------------------------------------------------------------------
 
 
@@ -219,13 +226,11 @@ async def test_a_stalled_database_costs_no_session_and_no_turn(tmp_path: Path) -
     async with running(tmp_path, speed=20) as kit:
         job = await kit.submit(marked_wav(40_000))
         await kit.follow(job.id, until="turn.final")
-        lock = sqlite3.connect(tmp_path / "data" / "turnwire.db", isolation_level=None)
-        lock.execute("BEGIN EXCLUSIVE")
+        lock = await asyncio.to_thread(lock_out_writers, tmp_path / "data" / "turnwire.db")
         before = kit.sandbox.sessions[0].audio_ms
         with pytest.raises(Exception, match="database"):
             await kit.submit(marked_wav(400))
         await eventually(lambda: kit.sandbox.sessions[0].audio_ms >= min(39_000, before + 20_000))
-        lock.execute("ROLLBACK")
         lock.close()
         events = await kit.follow(job.id)
         assert spoken(events) == words(200)
@@ -240,15 +245,13 @@ async def test_a_pause_of_the_recorder_pauses_the_audio_and_loses_nothing(
     async with running(tmp_path) as kit:
         job = await kit.submit(marked_wav(DURATION_MS))
         await kit.follow(job.id, until="turn.final")
-        lock = sqlite3.connect(tmp_path / "data" / "turnwire.db", isolation_level=None)
-        lock.execute("BEGIN EXCLUSIVE")
+        lock = await asyncio.to_thread(lock_out_writers, tmp_path / "data" / "turnwire.db")
         session = kit.sandbox.sessions[0]
         paused_at = -1.0
         while session.audio_ms != paused_at:
             paused_at = session.audio_ms
             await asyncio.sleep(0.15)
         assert paused_at < DURATION_MS
-        lock.execute("ROLLBACK")
         lock.close()
         events = await kit.follow(job.id)
         assert spoken(events) == words(30)
