@@ -23,8 +23,8 @@ from sqlalchemy.pool import StaticPool
 
 from service.core.errors import Fenced, Unavailable
 from service.core.job import Claim, Event, Job, Status, Turn, job_from_json, to_json, turn_from_json
-from service.store import schema
-from service.store.schema import events, jobs, now_ms, turns
+from service.store import outbox, schema
+from service.store.schema import events, jobs, now_ms, turns, webhooks
 from service.store.writer import Writer
 
 MAX_STRIKES = 3
@@ -145,6 +145,7 @@ class Store:
         self._writer = writer
         self._insert_ignoring = insert_ignoring
         self._reading: set[asyncio.Task[Any]] = set()
+        self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
 
     # --- by callers ---------------------------------------------------------------------------------------------------
 
@@ -158,7 +159,7 @@ class Store:
                 "event_seq": len(made),
             }  # fmt: skip
             await connection.execute(self._insert_ignoring(jobs).on_conflict_do_nothing(), row)
-            await self._append(connection, made)
+            await self._append(connection, job, made)
 
         await self._writer.write(job.id, run)
 
@@ -182,10 +183,10 @@ class Store:
                 await connection.execute(
                     delete(turns).where(turns.c.job_id == job_id, turns.c.idx >= write.withdraw_from)
                 )
-            await self._append(connection, write.events)
+            await self._append(connection, write.job, write.events)
             seq = record.event_seq + len(write.events)
             values = {"status": write.job.status, "event_seq": seq, "doc": to_json(write.job), "strikes": 0,
-                      "not_before_ms": 0, "cancel_requested": False}  # fmt: skip
+                      "not_before_ms": 0, "cancel_requested": False, "ended_ms": _ended_ms(write.job)}  # fmt: skip
             await connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
             return Record(write.job, record.owner, record.epoch, seq, False, record.created_ms)
 
@@ -203,13 +204,19 @@ class Store:
 
         return await self._writer.write(job_id, run)
 
-    async def delete(self, job_id: str) -> bool:
-        """Remove every row of a job; whether there was one."""
+    async def delete(self, job_id: str, *, ended_by_ms: int | None = None) -> bool:
+        """Remove every row of a job and doom its audio; whether there was one (that ended at that time or before)."""
+        wanted = jobs.c.id == job_id
+        if ended_by_ms is not None:
+            wanted = and_(wanted, jobs.c.ended_ms <= ended_by_ms)
 
         async def run(connection: AsyncConnection) -> bool:
-            for table in (events, turns):
+            if (await connection.execute(delete(jobs).where(wanted))).rowcount == 0:
+                return False
+            for table in (events, turns, webhooks):
                 await connection.execute(delete(table).where(table.c.job_id == job_id))
-            return (await connection.execute(delete(jobs).where(jobs.c.id == job_id))).rowcount > 0
+            await outbox.doom(connection, self._insert_ignoring, job_id)
+            return True
 
         return await self._writer.write(job_id, run)
 
@@ -236,12 +243,12 @@ class Store:
                 return Busy((wait_ms - clock) / 1000)
             record = _record(row, await self._finalized(connection, job_id))
             job, made = begin(record, row["strikes"])
-            await self._append(connection, made)
+            await self._append(connection, job, made)
             seq = record.event_seq + len(made)
             epoch = record.epoch + 1
             values = {
                 "status": job.status, "epoch": epoch, "lease_until_ms": clock + int(lease_s * 1000),
-                "strikes": row["strikes"] + 1, "event_seq": seq, "doc": to_json(job),
+                "strikes": row["strikes"] + 1, "event_seq": seq, "doc": to_json(job), "ended_ms": _ended_ms(job),
             }  # fmt: skip
             await connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
             if job.terminal:
@@ -257,7 +264,7 @@ class Store:
         """
         new_seq = after_seq + len(write.events)
         job, doc = write.job, to_json(write.job)
-        values: dict[str, Any] = {"status": job.status, "event_seq": new_seq, "doc": doc}
+        values: dict[str, Any] = {"status": job.status, "event_seq": new_seq, "doc": doc, "ended_ms": _ended_ms(job)}
         if write.turns or job.status == Status.QUEUED:
             values["strikes"] = 0
         if job.status != Status.PROCESSING:
@@ -287,7 +294,7 @@ class Store:
                     for turn in write.turns
                 ]  # fmt: skip
                 await connection.execute(self._insert_ignoring(turns).on_conflict_do_nothing(), rows)
-            await self._append(connection, write.events)
+            await self._append(connection, job, write.events)
 
         await self._writer.write(job.id, run, patient=True)
 
@@ -312,10 +319,11 @@ class Store:
         return await self._writer.write(claim.job.id, run, patient=True)
 
     async def expire_leases(self) -> None:
-        """Every claim is dead. Only true where one process at a time holds the database, at its start."""
+        """Every attempt at a job or a webhook is dead. Only true where one process holds the database, at its start."""
 
         async def run(connection: AsyncConnection) -> None:
             await connection.execute(update(jobs).where(jobs.c.status == Status.PROCESSING).values(lease_until_ms=0))
+            await connection.execute(update(webhooks).where(webhooks.c.lease_until_ms > 0).values(lease_until_ms=0))
 
         await self._writer.write("", run, patient=True)
 
@@ -433,10 +441,12 @@ class Store:
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
-    async def _append(self, connection: AsyncConnection, made: Sequence[Event]) -> None:
+    async def _append(self, connection: AsyncConnection, job: Job, made: Sequence[Event]) -> None:
+        """Log the events just made for `job`, and promise to tell its webhook those that it asks for."""
         if made:
             rows = [{"job_id": e.job_id, "seq": e.seq, "type": e.type, "doc": e.json} for e in made]
             await connection.execute(self._insert_ignoring(events).on_conflict_do_nothing(), rows)
+            await outbox.promise_webhook(connection, self._insert_ignoring, job, made)
 
     async def _finalized(self, connection: AsyncConnection, job_id: str) -> dict[str, int]:
         query = (
@@ -456,6 +466,10 @@ class Store:
                 await connection.execute(select(func.count()).select_from(jobs).where(earlier))
             ).scalar_one() + 1
         return record
+
+
+def _ended_ms(job: Job) -> now_ms | None:
+    return now_ms() if job.terminal else None
 
 
 def _record(row: Any, finalized: dict[str, int] | None = None) -> Record:  # noqa: ANN401 - a row mapping
