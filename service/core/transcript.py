@@ -3,12 +3,15 @@
 Upstream counts time and turns from zero in every session; here they become positions in the file and one running
 index. Invariants, whatever order upstream sends in: a turn is final once per (session, turn_order); what changes it
 later is a revision with the same index; a partial never follows the final of its turn nor precedes an earlier turn's
-final; finals without text are dropped. Source:
-https://www.assemblyai.com/docs/streaming/universal-streaming/message-sequence
+final (a turn that upstream has passed over, because a later one has ended, is waited for no longer); finals without
+text are dropped. Source: https://www.assemblyai.com/docs/streaming/universal-streaming/message-sequence
 """
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Literal, NamedTuple
+
+from msgspec.structs import replace
 
 from service.core import protocol
 from service.core.job import Partial, Turn, TurnWord
@@ -31,8 +34,8 @@ class Folder:
         self._offset_ms = offset_ms
         self._chunk_ms = chunk_ms
         self._finals: dict[int, Turn] = {}
-        self._closed: set[int] = set()  # orders that ended, with or without text
-        self._open: dict[int, list[str]] = {}  # order → words of its latest partial
+        self._ended = -1  # the highest order that has ended, with or without text; each turn has the next one
+        self._open: dict[int, list[str]] = {}  # orders after that → words of the latest partial
 
     @property
     def speaking(self) -> bool:
@@ -49,19 +52,19 @@ class Folder:
             return self._partial(message, next_index, position_ms)
         order = message.turn_order
         text = message.transcript or _join(message.words)
-        self._open.pop(order, None)
+        self._ended = max(self._ended, order)
+        self._open = {later: words for later, words in self._open.items() if later > self._ended}
         if order in self._finals:
             if not text:
                 return None
             before = self._finals[order]
             return self._revise(self._build(message, text, before.index, before.latency_ms, before.end_ms))
-        self._closed.add(order)
         if not text:
             return None
         turn = self._build(message, text, next_index, 0, position_ms)
         if message.words:
             # A chunk is on the wire from the moment its first sample was due.
-            on_wire = message.words[-1].end // self._chunk_ms * self._chunk_ms
+            on_wire = max(0, ceil(message.words[-1].end / self._chunk_ms) - 1) * self._chunk_ms
             turn.latency_ms = max(0, round(elapsed_ms - on_wire))
         self._finals[order] = turn
         return Folded("turn.final", turn)
@@ -72,12 +75,16 @@ class Folder:
             before = self._finals.get(revision.turn_order)
             if before is None:
                 continue
-            words = [self._word(word) for word in revision.words] or before.words
-            if words is before.words and revision.speaker_label == before.speaker:
-                continue
-            turn = _replace(before, words=words, speaker=revision.speaker_label or before.speaker)
+            words = self._relabelled(before.words, revision.words)
+            turn = replace(before, words=words, speaker=revision.speaker_label or before.speaker)
             if folded := self._revise(turn):
                 yield folded
+
+    def _relabelled(self, before: list[TurnWord], words: list[protocol.Word]) -> list[TurnWord]:
+        """Only labels change; the words they come with may lack what the final had."""
+        if len(words) != len(before):
+            return [self._word(word) for word in words] or before
+        return [replace(old, speaker=new.speaker or old.speaker) for old, new in zip(before, words, strict=True)]
 
     def _revise(self, turn: Turn) -> Folded | None:
         if turn == self._finals[turn.turn_order]:
@@ -89,14 +96,14 @@ class Folder:
         order = message.turn_order
         words = [word.text for word in message.words]
         text = message.transcript
-        if len(text.split()) < len(words):  # some models leave pending words out of `transcript`
+        final = sum(word.word_is_final for word in message.words)
+        if not text or len(text.split()) <= final < len(words):  # some models leave pending words out of `transcript`
             text = " ".join(words)
-        if not text or order in self._closed:
+        if not text or order <= self._ended:
             return None
-        held = any(earlier < order for earlier in self._open)
         before = self._open.get(order, [])
         self._open[order] = words
-        if held:
+        if order > self._ended + 1:  # held: the one before may still become final
             return None
         stable = 0
         for i, word in enumerate(message.words):
@@ -137,13 +144,8 @@ class Folder:
         )
 
     def _ms(self, session_ms: float) -> int:
-        return self._offset_ms + round(session_ms)
+        return max(0, self._offset_ms + round(session_ms))
 
 
 def _join(words: list[protocol.Word]) -> str:
     return " ".join(word.text for word in words)
-
-
-def _replace(turn: Turn, *, words: list[TurnWord], speaker: str | None) -> Turn:
-    fields = {name: getattr(turn, name) for name in turn.__struct_fields__}
-    return Turn(**{**fields, "words": words, "speaker": speaker})
