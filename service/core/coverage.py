@@ -44,7 +44,7 @@ def known_to(session: Session, finalized: Mapping[str, int]) -> int:
     """The position (ms of the file) up to which a session is known to have processed its audio."""
     if session.audio_duration_seconds is not None:
         return session.offset_ms + session.sent_ms
-    return max(session.offset_ms, finalized.get(session.id, 0))
+    return max(session.offset_ms, _final_to(session, finalized))
 
 
 def resume_from(sessions: Sequence[Session], finalized: Mapping[str, int]) -> int:
@@ -55,8 +55,13 @@ def resume_from(sessions: Sequence[Session], finalized: Mapping[str, int]) -> in
     it was never said.
     """
     return max(
-        (max(finalized.get(s.id, 0), known_to(s, finalized) - OVERLAP_MS, s.offset_ms) for s in sessions), default=0
+        (max(_final_to(s, finalized), known_to(s, finalized) - OVERLAP_MS, s.offset_ms) for s in sessions), default=0
     )
+
+
+def _final_to(session: Session, finalized: Mapping[str, int]) -> int:
+    """Upstream stretches the last word of a turn into the silence after it, even past what it has been sent."""
+    return min(finalized.get(session.id, 0), session.offset_ms + session.sent_ms)
 
 
 def _upstream_ms(session: Session) -> int:
