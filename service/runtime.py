@@ -20,10 +20,13 @@ from service.feed import Feed
 from service.intake import Intake
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, JobQueue, Upstream
+from service.retention import Sweeper
 from service.settings import Settings, SettingsError
 from service.store import Store, migrate, open_store
 from service.telemetry import metrics
 from service.transcription import SessionGate, Transcriber
+from service.webhooks import Webhooks
+from service.webhooks.call import Caller
 
 
 class SystemClock:
@@ -63,6 +66,8 @@ class Runtime:
     feed: Feed
     intake: Intake
     transcriber: Transcriber
+    sweeper: Sweeper
+    webhooks: Webhooks | None
     draining: asyncio.Event
 
 
@@ -81,7 +86,8 @@ async def open_runtime(
         await migrate(url)
         store = await stack.enter_async_context(open_store(url))
         await store.expire_leases()  # the lock says that no other process works on these jobs
-        blobs = LocalBlobs(settings.data_dir / "audio")
+        audio = settings.data_dir / "audio"
+        blobs = LocalBlobs(audio)
         await blobs.sweep()
         queue, bus = MemoryQueue(clock), MemoryBus()
         if upstream is None:
@@ -106,8 +112,20 @@ async def open_runtime(
                 pacer=Pacer(clock, metrics.loop_lag.observe), clock=clock,
                 gate=SessionGate(clock, per_minute=settings.sessions_per_minute), patience_s=settings.upstream_patience,
             ),
+            sweeper=Sweeper(
+                store=store, blobs=blobs, keys=lambda: asyncio.to_thread(os.listdir, audio), clock=clock,
+                retain_jobs_s=settings.retain_jobs, retain_audio_s=settings.retain_audio,
+            ),
+            webhooks=_webhooks(settings, store, clock),
             draining=asyncio.Event(),
         )  # fmt: skip
+
+
+def _webhooks(settings: Settings, store: Store, clock: Clock) -> Webhooks | None:
+    if not settings.webhook_secret:
+        return None
+    secrets = [secret.get_secret_value() for secret in settings.webhook_secret]
+    return Webhooks(store.outbox, clock, Caller(clock, settings.webhook_allow), secrets)
 
 
 def database_url(settings: Settings) -> str:

@@ -40,6 +40,9 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._take(), name="worker-take")
             group.create_task(self._reconcile(), name="worker-reconcile")
+            group.create_task(self._runtime.sweeper.run(), name="worker-sweep")
+            if self._runtime.webhooks is not None:
+                group.create_task(self._runtime.webhooks.run(), name="worker-webhooks")
 
     async def drain(self) -> None:
         """Take nothing more, let every session end its turn, and hand the jobs back."""
