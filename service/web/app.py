@@ -10,14 +10,14 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from service.runtime import Runtime
-from service.web import documents, events, jobs, ops, pages, problems, transcripts
+from service.web import deliveries, documents, events, jobs, ops, pages, problems, transcripts
 from service.web.auth import Authenticator, Guard
 from service.web.edge import Edge, Linger
 
 
 def create_app(runtime: Runtime) -> ASGIApp:
     """The application that serves `runtime`."""
-    modules = (jobs, events, transcripts, ops, documents, pages)
+    modules = (jobs, events, transcripts, deliveries, ops, documents, pages)
     routes = [route for module in modules for route in module.router.routes]
     app = FastAPI(routes=routes, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.runtime = runtime
