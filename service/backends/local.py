@@ -9,10 +9,14 @@ import asyncio
 import errno
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from service.core.errors import AudioMissing, StorageFull, Unavailable
+
+T = TypeVar("T")
 
 BATCH = 1 << 20
 MIN_FREE_BYTES = 1 << 30
@@ -30,41 +34,32 @@ class LocalBlobs:
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
         """Store all or nothing, durable on return."""
         part, path = self._directory / f"{key}.part", self._directory / key
-        descriptor = await asyncio.to_thread(os.open, part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            try:
-                size = await self._write(descriptor, chunks)
-                await asyncio.to_thread(os.fsync, descriptor)
-            finally:
-                os.close(descriptor)
-            await asyncio.to_thread(self._commit, part, path)
+            await _in_thread(_create, part)
+            size = await self._write(part, chunks)
+            await _in_thread(self._commit, part, path)
         except BaseException as exc:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                await _in_thread(_discard, part, path)
             if isinstance(exc, OSError):
                 raise _ours(exc) from exc
             raise
         return size
 
-    async def _write(self, descriptor: int, chunks: AsyncIterator[bytes]) -> int:
+    async def _write(self, part: Path, chunks: AsyncIterator[bytes]) -> int:
         size, batch, held = 0, [], 0
         async for chunk in chunks:
             batch.append(chunk)
             held += len(chunk)
             if held >= BATCH:
-                size += await asyncio.to_thread(_write_all, descriptor, b"".join(batch))
+                size += await _in_thread(_append, part, batch)
                 batch, held = [], 0
-        return size + await asyncio.to_thread(_write_all, descriptor, b"".join(batch))
+        return size + await _in_thread(_append, part, batch)
 
     def _commit(self, part: Path, path: Path) -> None:
+        _sync(part)
         part.rename(path)
-        self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        descriptor = os.open(self._directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(self._directory)
 
     async def read(self, key: str, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`."""
@@ -77,28 +72,60 @@ class LocalBlobs:
 
     async def delete(self, key: str) -> None:
         """Remove it."""
-        await asyncio.to_thread((self._directory / key).unlink, missing_ok=True)
+        try:
+            await asyncio.to_thread(_discard, self._directory / key)
+        except OSError as exc:
+            raise _ours(exc) from exc
 
     async def sweep(self) -> int:
         """Remove the parts of uploads that a crash interrupted. Only safe before uploads are taken."""
-        parts = list(self._directory.glob("*.part"))
-        for part in parts:
-            part.unlink(missing_ok=True)
+        parts = await asyncio.to_thread(lambda: list(self._directory.glob("*.part")))
+        await asyncio.to_thread(_discard, *parts)
         return len(parts)
 
     async def check(self) -> str:
         """Raises `StorageFull` while less than 5 % or 1 GiB, whichever is smaller, is free."""
-        usage = await asyncio.to_thread(shutil.disk_usage, self._directory)
+        try:
+            usage = await asyncio.to_thread(shutil.disk_usage, self._directory)
+        except OSError as exc:
+            raise _ours(exc) from exc
         if usage.free < min(MIN_FREE_BYTES, usage.total * MIN_FREE_SHARE):
             raise StorageFull(f"Only {usage.free >> 20} MiB are free where the audio is kept.")
         return f"{usage.free >> 20} MiB free"
 
 
-def _write_all(descriptor: int, data: bytes) -> int:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    return len(data)
+async def _in_thread(function: Callable[..., T], *args: Any) -> T:  # noqa: ANN401 - handed on
+    """Run in a thread, to its end: a caller that is cancelled must not clean up under a thread still at work."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        raise
+
+
+def _create(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def _append(path: Path, chunks: Sequence[bytes]) -> int:
+    with path.open("ab") as file:
+        return sum(file.write(chunk) for chunk in chunks)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _read(path: Path, start: int, length: int) -> bytes:
