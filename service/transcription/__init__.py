@@ -21,8 +21,9 @@ from service.core.wav import WavInfo, WavParser
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, Upstream
 from service.store import Store
+from service.transcription.control import Control, Outcome, SessionGate, StartLine, Work
 from service.transcription.recorder import Recorder
-from service.transcription.stream import ChannelStream, Control, Outcome, SessionGate, StartLine, Work
+from service.transcription.stream import ChannelStream
 
 __all__ = ["Control", "SessionGate", "Transcriber"]
 

@@ -1,0 +1,116 @@
+"""How the channels of a running job are told to stop, held to a pace, and started together. Part of FLOOR 3."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from service.core.job import Failure
+from service.core.wav import WavInfo
+from service.pacer import Pacer
+from service.ports import BlobStore, Clock, Upstream
+from service.transcription.recorder import Recorder
+
+CANCEL_SECONDS = 2.0
+
+Stop = Literal["cancel", "drain", "failed"]
+
+
+class Control:
+    """How a running job is told to stop."""
+
+    def __init__(self, *, drain_s: float) -> None:
+        """`drain_s`: how long sessions may take to say their last words on a drain."""
+        self.stop: Stop | None = None
+        self.stopped = asyncio.Event()
+        self.listeners: set[Callable[[], None]] = set()
+        self._drain_s = drain_s
+
+    def ask(self, stop: Stop) -> None:
+        """Stop the job. A cancel outranks a drain; a repeat changes nothing."""
+        if self.stop in (stop, "cancel"):
+            return
+        self.stop = stop
+        self.stopped.set()
+        for listener in tuple(self.listeners):
+            listener()
+
+    @property
+    def grace_s(self) -> float:
+        """How long to wait for Termination."""
+        return CANCEL_SECONDS if self.stop == "cancel" else self._drain_s
+
+
+class SessionGate:
+    """Paces new upstream sessions: at most so many a minute, and few handshakes at once."""
+
+    def __init__(self, clock: Clock, *, per_minute: int, in_flight: int = 4) -> None:
+        """`per_minute` 0: no limit."""
+        self._clock = clock
+        self._interval = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self.connecting = asyncio.Semaphore(in_flight)
+
+    def reserve(self) -> float:
+        """Take the next place; seconds until it is due."""
+        now = self._clock.now()
+        due = max(now, self._next)
+        self._next = due + self._interval
+        return due - now
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all channels of a running job share."""
+
+    recorder: Recorder
+    control: Control
+    info: WavInfo
+    clock: Clock
+    pacer: Pacer
+    blobs: BlobStore
+    upstream: Upstream
+    gate: SessionGate
+    patience_s: float
+    start_line: "StartLine"
+    jitter: Callable[[], float] = random.random
+
+
+@dataclass(slots=True)
+class StartLine:
+    """Lets the channels of a job start on one clock: nobody is fed before everyone has begun."""
+
+    expected: int
+    waiting: list[tuple[int, Callable[[float], None]]] = field(default_factory=list)
+    open: bool = False
+
+    def arrive(self, position_ms: int, go: Callable[[float], None], now: float) -> None:
+        """`go(start)` is called once all are here; who is further in the file starts later by as much."""
+        if self.open:
+            go(now)
+            return
+        self.waiting.append((position_ms, go))
+        self._check(now)
+
+    def leave(self, now: float) -> None:
+        """One will not arrive."""
+        self.expected -= 1
+        self._check(now)
+
+    def _check(self, now: float) -> None:
+        if len(self.waiting) >= self.expected and not self.open:
+            self.open = True
+            first = min((position for position, _ in self.waiting), default=0)
+            for position, go in self.waiting:
+                go(now + (position - first) / 1000)
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a channel's streaming ended: all of it done, stopped as asked, to be tried later, or failed."""
+
+    kind: Literal["done", "stopped", "no_capacity", "failed"]
+    failure: Failure | None = None
+    delay_s: float = 0.0
