@@ -157,7 +157,7 @@ async def _parameter(_request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     first: Mapping[str, Any] = exc.errors()[0]
     text = first["msg"].removeprefix("Value error, ")
-    return problem("bad_option", f"{first['loc'][-1]}: {text[:1].lower()}{text[1:]}.")
+    return problem("bad_option", f"{first['loc'][1]}: {text[:1].lower()}{text[1:]}.")
 
 
 async def _nobody_there(_request: Request, _exc: Exception) -> Response:

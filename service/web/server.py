@@ -24,8 +24,15 @@ KEEP_ALIVE_SECONDS = 75  # longer than the idle timeout of load balancers, or th
 GRACE_SECONDS = 1
 HEAD_SECONDS = 10.0
 HEAD_BYTES = 64 * 1024
-# A peer that takes nothing is given up after 20 s; one that is silent is asked after 30 s, every 10 s, 3 times.
-_TCP_OPTIONS = {"TCP_USER_TIMEOUT": 20_000, "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+# A peer that takes nothing is given up after 20 s; one that is silent is asked after 30 s, every 10 s, 3 times. Without
+# NODELAY a response, which is two writes, takes 40 ms more; asyncio sets it only on sockets made in a certain way.
+_TCP_OPTIONS = {
+    "TCP_NODELAY": 1,
+    "TCP_USER_TIMEOUT": 20_000,
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+}
 
 
 class HttpServer:
