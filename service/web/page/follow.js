@@ -62,3 +62,10 @@ export class Follow {
     this.#scroller.style.overflowAnchor = this.holding ? "none" : "auto";
   }
 }
+
+/** Scroll so that what is heard stays in sight, unless the reader has gone elsewhere. */
+export function keepInView(element, scroller) {
+  const [box, frame] = [element.getBoundingClientRect(), scroller.getBoundingClientRect()];
+  const below = box.bottom > frame.bottom && box.top < frame.bottom + frame.height / 2;
+  if (below) element.scrollIntoView({ block: "center" });
+}

@@ -42,6 +42,11 @@ export class Listening {
     return this.#player.mode === "free" && this.#player.positionMs !== null;
   }
 
+  /** Whether the stream is listened to. */
+  get listening() {
+    return this.#player.inStep && this.#player.listening;
+  }
+
   get playing() {
     return this.#player.playing && !this.#player.inStep;
   }

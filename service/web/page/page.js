@@ -1,5 +1,6 @@
 // The page: what is shown at which address, and how its parts speak to each other.
 
+import { toast } from "./actions.js";
 import { $, say, show } from "./dom.js";
 import { wireKeys } from "./keys.js";
 import { Rail } from "./rail.js";
@@ -9,7 +10,7 @@ import { View } from "./view.js";
 
 const rail = new Rail({ job: (job) => view.noticed(job) });
 const view = new View({ changed: (job) => rail.touch(job), deleted: () => leave() });
-const upload = new Upload({ accepted: (job) => go(`/jobs/${job.id}/view`) });
+const upload = new Upload({ accepted: (job) => arrived(job) });
 
 /** Show what the address names. */
 function route() {
@@ -30,6 +31,16 @@ function go(path) {
   route();
   rail.refresh();
   if (view.state) $("title").focus({ preventScroll: true });
+}
+
+/** Follow an upload to its job, unless the reader has gone elsewhere meanwhile. */
+function arrived(job) {
+  if (location.pathname === "/") {
+    go(`/jobs/${job.id}/view`);
+    return;
+  }
+  toast(`${job.filename} is uploaded.`);
+  rail.refresh();
 }
 
 function leave() {
@@ -79,19 +90,21 @@ addEventListener("drop", (event) => {
 
 addEventListener("online", () => view.hurry());
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) view.hurry();
+  if (document.hidden) view.rest();
+  else view.hurry();
 });
+if (document.hidden) view.rest(); // opened in the background
 addEventListener("beforeunload", (event) => {
   if (upload.busy) event.preventDefault();
 });
 
-wireSignIn((signedIn) => {
-  if (!signedIn) {
-    rail.clear();
-    return;
-  }
-  rail.refresh();
-  view.hurry();
+wireSignIn({
+  needed: () => rail.clear(),
+  done: () => {
+    rail.refresh();
+    view.hurry();
+  },
+  left: () => leave(),
 });
 wireKeys(() => (view.state ? view : null));
 say($("rail-note"), "");

@@ -3,18 +3,18 @@
 import { session, signedIn, signIn, signOut } from "./api.js";
 import { $, say, show } from "./dom.js";
 
-/** `changed(signedIn)` after a key came or went. */
-export function wireSignIn(changed) {
+/** `on.needed()` when the server wants a key, `on.done()` when it has one, `on.left()` when somebody signs out. */
+export function wireSignIn(on) {
   const dialog = $("sign-in");
   session.addEventListener("signed-out", () => {
     show($("sign-out"), false);
     if (!dialog.open) dialog.showModal();
-    changed(false);
+    on.needed();
   });
   session.addEventListener("signed-in", () => {
     show($("sign-out"), true);
     dialog.close();
-    changed(true);
+    on.done();
   });
   // Nothing can be read without a key: the dialog stays.
   dialog.addEventListener("cancel", (event) => event.preventDefault());
@@ -30,6 +30,9 @@ export function wireSignIn(changed) {
       say($("key-trouble"), error.message);
     }
   });
-  $("sign-out").addEventListener("click", () => signOut());
+  $("sign-out").addEventListener("click", () => {
+    signOut();
+    on.left(); // what was read with the key is no longer shown
+  });
   show($("sign-out"), signedIn());
 }

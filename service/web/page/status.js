@@ -60,6 +60,14 @@ const unknown = (job) => ({ tone: "calm", sentence: `${capital(String(job.stage 
 
 const kept = (job) => (job.turn_count ? `${count(job.turn_count, "turn")} kept` : "");
 
+/** What stands where no text is. */
+export function blank({ job, terminal, caughtUp }) {
+  if (!caughtUp) return "";
+  if (terminal) return job.status === "completed" ? "Nothing was said in this file." : "";
+  if (job.status === "processing" && job.stage === "streaming") return "The first words will stand here.";
+  return "";
+}
+
 const HEADINGS = {
   upstream_auth: "AssemblyAI refused the key",
   upstream_rejected: "AssemblyAI refused the request",

@@ -10,7 +10,7 @@ export function stepOf(job) {
   if (job.status === "queued") return "Validate";
   if (job.status !== "processing") return null;
   const begun = job.turn_count > 0 || job.progress.sent_ms > 0;
-  return begun && job.stage !== "finalizing" ? null : (STAGES[job.stage] ?? null);
+  return begun ? null : (STAGES[job.stage] ?? null); // the text below must not move again
 }
 
 export function drawSteps(list, current) {

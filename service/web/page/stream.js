@@ -2,7 +2,7 @@
 //
 // The browser's own reconnecting is not used: it says nothing of when it tries again, and gives up for good at a 503. Each round reads the job first (so that
 // "not there", "signed out" and "ended" are known for what they are), then opens an EventSource behind the last event id. Nothing is ever lost by that:
-// the server replays from the id. States: connecting, live {again, replayed}, waiting {seconds}, ended, signed-out, gone.
+// the server replays from the id. States: connecting, live {again, replayed}, waiting {seconds}, resting, ended, signed-out, gone.
 
 import { link, Problem, readJob } from "./api.js";
 
@@ -43,9 +43,16 @@ export class Stream {
     this.#tell("stopped");
   }
 
-  /** Whether a waiting stream should try at once, e.g. when the network is back. */
+  /** Let go of the connection until `hurry`; what comes meanwhile is replayed. */
+  rest() {
+    if (this.name !== "live" && this.name !== "waiting") return;
+    this.#close();
+    this.#tell("resting");
+  }
+
+  /** Try at once if it is not connected: the network is back, a key is there, the tab is seen. */
   hurry() {
-    if (this.name === "waiting") this.start();
+    if (["waiting", "resting", "signed-out"].includes(this.name)) this.start();
   }
 
   #tell(name, detail = {}) {

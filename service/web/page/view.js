@@ -5,12 +5,12 @@ import { request } from "./api.js";
 import { Card } from "./card.js";
 import { Details } from "./details.js";
 import { $, announce, say, show } from "./dom.js";
-import { Follow } from "./follow.js";
+import { Follow, keepInView } from "./follow.js";
 import { placeAt } from "./heard.js";
 import { Inspector } from "./inspector.js";
 import { JobState } from "./job.js";
 import { Listening } from "./listening.js";
-import { describe } from "./status.js";
+import { blank, describe } from "./status.js";
 import { drawSteps, stepOf } from "./steps.js";
 import { Stream } from "./stream.js";
 import { Transcript } from "./transcript.js";
@@ -18,6 +18,7 @@ import { Waveform } from "./waveform.js";
 import { clock } from "./words.js";
 
 const NOTE_MS = 6000;
+const REST_MS = 5000;
 const QUEUE_MS = 3000; // no event tells a place in the queue
 
 export class View {
@@ -38,6 +39,7 @@ export class View {
   #chosen = -1; // the turn J and K are at
   #queueTimer = 0;
   #noteTimer = 0;
+  #restTimer = 0;
 
   /** `on.changed(job)` for the rail, `on.deleted()`. */
   constructor(on) {
@@ -154,10 +156,18 @@ export class View {
     if (this.state?.id === job.id && this.state.terminal && job.status !== this.state.job.status) this.again();
   }
 
-  /** The network is back, or a key is there. */
+  /** The network is back, a key is there, or the tab is seen again. */
   hurry() {
-    if (this.#connection.name === "signed-out") this.#stream.start();
-    else this.#stream?.hurry();
+    clearTimeout(this.#restTimer);
+    this.#stream?.hurry();
+  }
+
+  /** The tab is not seen: over HTTP/1.1 a browser has six connections to a server for all its tabs, so this one gives its own up. */
+  rest() {
+    clearTimeout(this.#restTimer);
+    this.#restTimer = setTimeout(() => {
+      if (this.state && !this.#ears.listening) this.#stream.rest();
+    }, REST_MS);
   }
 
   deleted() {
@@ -299,18 +309,4 @@ export class View {
     this.#chosen = index;
     if (!this.#follow.holding) keepInView(this.#transcript.at(index).element, $("reading"));
   }
-}
-
-/** Scroll so that what is heard stays in sight, unless the reader has gone elsewhere. */
-function keepInView(element, scroller) {
-  const [box, frame] = [element.getBoundingClientRect(), scroller.getBoundingClientRect()];
-  const below = box.bottom > frame.bottom && box.top < frame.bottom + frame.height / 2;
-  if (below) element.scrollIntoView({ block: "center" });
-}
-
-function blank({ job, terminal, caughtUp }) {
-  if (!caughtUp) return "";
-  if (terminal) return job.status === "completed" ? "Nothing was said in this file." : "";
-  if (job.status === "processing" && job.stage === "streaming") return "The first words will stand here.";
-  return "";
 }

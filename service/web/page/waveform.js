@@ -15,6 +15,7 @@ export class Waveform {
   #seek;
   #peaks = null;
   #bars = [];
+  #height = 0;
   #total = 0;
   #sent = 0;
   #painted = 0; // bars drawn in accent
@@ -100,6 +101,7 @@ export class Waveform {
   #redraw() {
     const { clientWidth: width, clientHeight: height } = this.#box;
     if (!width || !this.#total) return;
+    this.#height = height; // asking the element each time would lay the page out each time
     const density = devicePixelRatio || 1;
     this.#canvas.width = Math.round(width * density);
     this.#canvas.height = Math.round(height * density);
@@ -132,7 +134,7 @@ export class Waveform {
   #drawBars(from, to) {
     if (!this.#colours) return;
     const context = this.#canvas.getContext("2d");
-    const room = this.#box.clientHeight - FOOT;
+    const room = this.#height - FOOT;
     const sent = this.#barsSent();
     for (let i = from; i < to; i += 1) {
       const height = Math.max(2, Math.round(this.#bars[i] * room));
@@ -155,7 +157,7 @@ export class Waveform {
     const context = this.#canvas.getContext("2d");
     const scale = (this.#bars.length * STEP) / this.#total;
     context.fillStyle = colour;
-    context.fillRect(from * scale, this.#box.clientHeight - 2, Math.max(1, (to - from) * scale - 1), 2);
+    context.fillRect(from * scale, this.#height - 2, Math.max(1, (to - from) * scale - 1), 2);
   }
 
   #msAt(event) {

@@ -20,13 +20,15 @@ export function spokenClock(ms) {
   return said.join(" ") || "0 seconds";
 }
 
+const numbers = new Intl.NumberFormat("en");
+
 /** `1 turn`, `3 turns`, `3,000 turns`. */
-export const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+export const count = (n, noun) => `${numbers.format(n)} ${noun}${n === 1 ? "" : "s"}`;
 
 const SMALL = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"];
 
 /** `two`, but `12`. */
-export const spelled = (n) => SMALL[n] ?? n.toLocaleString("en");
+export const spelled = (n) => SMALL[n] ?? numbers.format(n);
 
 /** `Two`. */
 export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);

@@ -1,7 +1,7 @@
 """What the page costs: time from an upstream frame to painted text, memory, and the work of 3,000 turns. Printed, never asserted on."""
 
+import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import pytest
 from playwright.async_api import Browser, CDPSession
 
 from service.core.job import Status, make_event, rfc3339
-from service.sandbox.recogniser import Heard, NumberedWords
+from service.sandbox.recogniser import NumberedWords
+from service.sandbox.wire import Wire
 from tests.e2e.page.stand import Screen, Service, screen, serving, tone_wav
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
@@ -35,30 +36,26 @@ addEventListener("DOMContentLoaded", () => {
 """
 
 
-class Timed(NumberedWords):
-    """Numbered words, with the moment each was handed to the wire."""
-
-    said: dict[str, float]
-
-    async def feed(self, pcm: bytes) -> Sequence[Heard]:
-        """Note when."""
-        heard = await super().feed(pcm)
-        for item in heard:
-            self.said.setdefault(item.words[-1].text, time.time() * 1000)
-        return heard
-
-
 @pytest.mark.soak
-async def test_time_from_upstream_frame_to_painted_text(browser: Browser, tmp_path: Path) -> None:
-    said: dict[str, float] = {}
-    listener = type("Timed", (Timed,), {"said": said})
-    async with serving(tmp_path, speed=1, recogniser=listener) as service, screen(browser, service.url) as tab:
+async def test_time_from_upstream_frame_to_painted_text(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, float] = {}  # word → when the first frame that holds it left the sandbox
+    send = Wire.send
+
+    async def noted(wire: Wire, message: dict[str, Any] | str | bytes) -> None:
+        if isinstance(message, dict) and message["type"] == "Turn":
+            for word in re.findall(r"[a-z]+(?:-[a-z]+)*", " ".join(word["text"] for word in message["words"]).lower()):
+                sent.setdefault(word, time.time() * 1000)
+        await send(wire, message)
+
+    monkeypatch.setattr(Wire, "send", noted)
+    async with serving(tmp_path, speed=1, recogniser=NumberedWords) as service, screen(browser, service.url) as tab:
         await tab.page.add_init_script(PAINTED)
         await tab.send(tone_wav(60))
         await tab.done(90)
         painted: dict[str, float] = dict(await tab.page.evaluate("[...window.painted]"))
-    taken = sorted(painted[word] - at for word, at in said.items() if word in painted)
-    _print("upstream frame to paint, ms", taken)
+    _print("upstream frame to paint, ms", sorted(painted[word] - at for word, at in sent.items() if word in painted))
 
 
 def _print(what: str, values: list[float]) -> None:
@@ -137,7 +134,8 @@ async def _cost(client: CDPSession) -> dict[str, float]:
 @pytest.mark.soak
 async def test_memory_while_three_thousand_turns_arrive(browser: Browser, tmp_path: Path) -> None:
     async with serving(tmp_path, speed=40, recogniser=ShortTurns) as service, screen(browser, service.url) as tab:
-        await tab.send(tone_wav(2410))
+        job = await service.kit.submit(tone_wav(2410))
+        await tab.open(f"/jobs/{job.id}/view")
         client = await tab.page.context.new_cdp_session(tab.page)
         await client.send("Performance.enable")
         for turns in (0, 1000, 2000, 3000):

@@ -268,3 +268,27 @@ async def _axe(tab: Screen, source: str) -> list[str]:
         if found["impact"] in ("serious", "critical")
         for node in found["nodes"]
     ]
+
+
+async def test_tabs_that_nobody_sees_leave_connections_to_the_one_that_is_seen(browser: Browser, tmp_path: Path) -> None:
+    seen = """(seen) => {
+      Object.defineProperty(document, "hidden", {configurable: true, get: () => !seen});
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    async with serving(tmp_path, speed=1) as service, screen(browser, service.url) as tab:
+        job = await service.kit.submit(marked_wav(30_000))
+        address = f"{service.url}/jobs/{job.id}/view"
+        others = []
+        for _ in range(6):  # as many connections as a browser has for one server
+            others.append(await tab.page.context.new_page())
+            await others[-1].goto(address)
+            await others[-1].wait_for_selector("#log .turn")
+            await others[-1].evaluate(seen, False)
+        await tab.page.goto(address)
+        await tab.sees("#sentence", "Live")
+        await others[0].evaluate(seen, True)
+        count = "document.querySelectorAll('#log .turn').length"
+        behind = await tab.page.evaluate(count)
+        await expect(others[0].locator("#log .turn").nth(behind)).to_be_attached()
+        heard = [word.lower().rstrip(".") for turn in await others[0].locator("#log .turn p").all_text_contents() for word in turn.split()]
+        assert heard == [f"w{n}" for n in range(len(heard))], "what came while it rested is there once"
