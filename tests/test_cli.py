@@ -257,7 +257,7 @@ def test_a_terminal_shows_what_is_alive_beneath_what_lasts() -> None:
         narrator.tell(STORY[5])
         assert drawn(view) == ["streaming 0:01 / 0:03 latency 640 ms"]
         view.lost("no connection", 2.2)
-        assert drawn(view)[0] == "Connection to the service lost: no connection; trying again in 2 s"
+        assert drawn(view)[0] == "Connection to the service lost: no connection; trying again in 3 s"
         narrator.tell(STORY[3])
         view.uploaded(345_000_000, 690_000_000)
         assert drawn(view)[0].startswith("streaming 345.0 MB / 690.0 MB")

@@ -138,6 +138,7 @@ async def _transcribe(order: Order, url: str | None, key: str | None, keep: Path
         stack.callback(view.close)
         job = await _upload(service, order, view, interrupted)
         if job is None:
+            view.close()
             say("Canceled before all of the file was sent; nothing was kept")
             return 1
         if url is not None:

@@ -4,6 +4,7 @@ Everything here is stderr. A terminal gets finals as lasting lines and beneath t
 one bar with position, length and latency. A pipe gets every line, partials too, and no control characters.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -102,7 +103,7 @@ class LiveView(View):
         self._bytes = None
 
     def lost(self, reason: str, wait: float) -> None:
-        self._trouble = f"Connection to the service lost: {printable(reason)}; trying again in {wait:.0f} s"
+        self._trouble = f"Connection to the service lost: {printable(reason)}; trying again in {math.ceil(wait)} s"
 
     def found(self) -> None:
         self._trouble = ""
@@ -193,7 +194,7 @@ class Narrator:
         self._view.partial(self._channels.get(event["session_id"]), None)
         why = " ".join(str(part) for part in (event["code"], event["reason"]) if part)
         wait = event["retry_in_ms"]
-        then = f"; trying again in {wait / 1000:.1f} s" if wait is not None else ""
+        then = "" if wait is None else f"; trying again in {wait / 1000:.1f} s" if wait else "; trying again"
         self._view.line(f"Upstream session lost{f' ({why})' if why else ''}{then}")
 
     def _on_turn_partial(self, event: dict[str, Any]) -> None:
