@@ -2,47 +2,33 @@
 
 Invariants: a write of a claim carries its epoch and the event number it follows, and is refused (`Fenced`) when
 either has moved on; a write whose answer was lost is recognised when it is tried again; an event is in the log before
-anyone is told of it; event numbers have no gaps. Writes go through `writer.Writer`; reads have connections of their
-own and hold none while idle.
+anyone is told of it; event numbers have no gaps. Writes are here and go through `writer.Writer`; reads are in
+`reading.Reader`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import Select, and_, delete, event, func, or_, select, tuple_, update
+from sqlalchemy import and_, delete, event, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from service.core.errors import Fenced, Unavailable
-from service.core.job import Claim, Event, Job, Status, Turn, job_from_json, to_json, turn_from_json
-from service.store import outbox, schema
+from service.core.errors import Fenced
+from service.core.job import Claim, Event, Job, Status, Turn, to_json
+from service.store import outbox
+from service.store.reading import Reader, Record, record_of
 from service.store.schema import events, jobs, now_ms, turns, webhooks
 from service.store.writer import Writer
 
+__all__ = ["MAX_STRIKES", "Busy", "Record", "Store", "Write", "migrate", "open_store"]
+
 MAX_STRIKES = 3
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A job as stored: the public form and what only the service looks at."""
-
-    job: Job
-    owner: str
-    epoch: int
-    event_seq: int
-    cancel_requested: bool
-    created_ms: int
-    # Only where the job is about to be changed: session → end of its last final.
-    finalized: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -136,15 +122,14 @@ async def migrate(url: str) -> None:
         await engine.dispose()
 
 
-class Store:
+class Store(Reader):
     """Jobs, turns and events."""
 
     def __init__(self, readers: AsyncEngine, writer: Writer, insert_ignoring: Callable[..., Any]) -> None:
         """Made by `open_store`."""
-        self._readers = readers
+        super().__init__(readers)
         self._writer = writer
         self._insert_ignoring = insert_ignoring
-        self._reading: set[asyncio.Task[Any]] = set()
         self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
 
     # --- by callers ---------------------------------------------------------------------------------------------------
@@ -175,7 +160,7 @@ class Store:
             )
             if row is None:
                 return None
-            record = _record(row, await self._finalized(connection, job_id))
+            record = record_of(row, await self._finalized(connection, job_id))
             write = change(record)
             if write is None:
                 return record
@@ -241,7 +226,7 @@ class Store:
             wait_ms = row["lease_until_ms"] if row["status"] == Status.PROCESSING else row["not_before_ms"]
             if wait_ms > clock:
                 return Busy((wait_ms - clock) / 1000)
-            record = _record(row, await self._finalized(connection, job_id))
+            record = record_of(row, await self._finalized(connection, job_id))
             job, made = begin(record, row["strikes"])
             await self._append(connection, job, made)
             seq = record.event_seq + len(made)
@@ -327,118 +312,6 @@ class Store:
 
         await self._writer.write("", run, patient=True)
 
-    # --- reads --------------------------------------------------------------------------------------------------------
-
-    async def get(self, job_id: str) -> Record | None:
-        """The job, with its place in the queue."""
-
-        async def run(connection: AsyncConnection) -> Record | None:
-            row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).mappings().first()
-            return None if row is None else await self._placed(connection, _record(row))
-
-        return await self._read(run)
-
-    async def list(
-        self,
-        *,
-        owner: str | None,
-        limit: int,
-        statuses: Sequence[str] = (),
-        before: tuple[int, str] | None = None,
-        created_after_ms: int | None = None,
-        created_before_ms: int | None = None,
-        name_contains: str = "",
-    ) -> Sequence[Record]:
-        """Whole jobs, newest first, ties by id; `before` is the (created_ms, id) of the last one seen."""
-        query = select(jobs).order_by(jobs.c.created_ms.desc(), jobs.c.id.desc()).limit(limit)
-        if owner is not None:
-            query = query.where(jobs.c.owner == owner)
-        if statuses:
-            query = query.where(jobs.c.status.in_(statuses))
-        if before is not None:
-            query = query.where(tuple_(jobs.c.created_ms, jobs.c.id) < tuple_(*before))
-        if created_after_ms is not None:
-            query = query.where(jobs.c.created_ms >= created_after_ms)
-        if created_before_ms is not None:
-            query = query.where(jobs.c.created_ms < created_before_ms)
-        if name_contains:
-            query = query.where(schema.filename().icontains(name_contains, autoescape=True))
-
-        async def run(connection: AsyncConnection) -> Sequence[Record]:
-            rows = (await connection.execute(query)).mappings().all()
-            return [await self._placed(connection, _record(row)) for row in rows]
-
-        return await self._read(run)
-
-    async def events_after(self, job_id: str, seq: int, limit: int = 100) -> Sequence[Event]:
-        """The log of a job after `seq`, at most `limit` of it."""
-        query = (
-            select(events.c.seq, events.c.type, events.c.doc)
-            .where(events.c.job_id == job_id, events.c.seq > seq)
-            .order_by(events.c.seq)
-            .limit(limit)
-        )
-        return [Event(job_id, seq, kind, doc) for seq, kind, doc in await self._rows(query)]
-
-    async def newest_seq(self, job_id: str) -> int | None:
-        """The newest event number; None if there is no such job."""
-        rows = await self._rows(select(jobs.c.event_seq).where(jobs.c.id == job_id))
-        return rows[0][0] if rows else None
-
-    async def turns(self, job_id: str, *, after: int = -1, limit: int | None = None) -> Sequence[Turn]:
-        """Final turns with an index above `after`, in order."""
-        query = (
-            select(turns.c.doc).where(turns.c.job_id == job_id, turns.c.idx > after).order_by(turns.c.idx).limit(limit)
-        )
-        return [turn_from_json(doc) for (doc,) in await self._rows(query)]
-
-    async def stranded(self, limit: int = 1000) -> Sequence[tuple[str, int]]:
-        """Jobs that wait for a worker, oldest first, with their epochs: what the reconciler rings for."""
-        waiting = or_(
-            and_(jobs.c.status == Status.QUEUED, jobs.c.not_before_ms <= now_ms()),
-            and_(jobs.c.status == Status.PROCESSING, jobs.c.lease_until_ms <= now_ms()),
-        )
-        query = select(jobs.c.id, jobs.c.epoch).where(waiting).order_by(jobs.c.created_ms, jobs.c.id).limit(limit)
-        return [(job_id, epoch) for job_id, epoch in await self._rows(query)]
-
-    async def queue(self) -> tuple[int, int | None]:
-        """How many jobs are queued, and since when the oldest (Unix ms)."""
-        query = select(func.count(), func.min(jobs.c.created_ms)).where(jobs.c.status == Status.QUEUED)
-        depth, oldest = (await self._rows(query))[0]
-        return depth, oldest
-
-    async def check(self) -> str:
-        """Raises when the database does not answer."""
-        await self._rows(select(now_ms()))
-        return "answers"
-
-    async def _rows(self, query: Select[*tuple[Any, ...]]) -> Sequence[Any]:
-        async def run(connection: AsyncConnection) -> Sequence[Any]:
-            return (await connection.execute(query)).all()
-
-        return await self._read(run)
-
-    async def _read(self, run: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Read in a task of its own: a caller that is cancelled half way must not tear the connection. Raises
-        `Unavailable`.
-        """
-
-        async def read() -> T:
-            try:
-                async with self._readers.connect() as connection:
-                    return await run(connection)
-            except (OperationalError, InterfaceError, PoolTimeout) as exc:
-                raise Unavailable from exc
-
-        task = asyncio.create_task(read())
-        self._reading.add(task)
-        task.add_done_callback(self._reading.discard)
-        return await asyncio.shield(task)
-
-    async def settle(self) -> None:
-        """Wait for reads whose callers have left."""
-        await asyncio.gather(*self._reading, return_exceptions=True)
-
     # --- shared -------------------------------------------------------------------------------------------------------
 
     async def _append(self, connection: AsyncConnection, job: Job, made: Sequence[Event]) -> None:
@@ -456,29 +329,6 @@ class Store:
         )
         return dict((await connection.execute(query)).all())
 
-    async def _placed(self, connection: AsyncConnection, record: Record) -> Record:
-        if record.job.status == Status.QUEUED:
-            earlier = and_(
-                jobs.c.status == Status.QUEUED,
-                tuple_(jobs.c.created_ms, jobs.c.id) < tuple_(record.created_ms, record.job.id),
-            )
-            record.job.queue_position = (
-                await connection.execute(select(func.count()).select_from(jobs).where(earlier))
-            ).scalar_one() + 1
-        return record
-
 
 def _ended_ms(job: Job) -> now_ms | None:
     return now_ms() if job.terminal else None
-
-
-def _record(row: Any, finalized: dict[str, int] | None = None) -> Record:  # noqa: ANN401 - a row mapping
-    return Record(
-        job_from_json(row["doc"]),
-        row["owner"],
-        row["epoch"],
-        row["event_seq"],
-        row["cancel_requested"],
-        row["created_ms"],
-        finalized or {},
-    )
