@@ -1,0 +1,125 @@
+"""The contract of a Bus: hints to whoever listens now, bounded, waiting for nobody.
+
+Runs on every kind of `BUSES`; another is added by naming it there and opening it in the fixture `bus`. A bus may lose,
+double and reorder; what is tested here is what holds when nothing goes wrong, and that nobody ever waits.
+"""
+
+import asyncio
+
+import pytest
+
+from service.backends.memory import BACKLOG, MemoryBus
+from service.core.job import Event, hint
+from service.ports import Bus, Subscription
+from tests.doubles import an_event
+
+BUSES = ["memory"]
+
+
+@pytest.fixture(params=BUSES)
+def bus(request: pytest.FixtureRequest) -> Bus:
+    """A bus of each kind."""
+    assert request.param == "memory"
+    return MemoryBus()
+
+
+async def received(subscription: Subscription, count: int) -> list[Event]:
+    async with asyncio.timeout(5):
+        return [await subscription.next() for _ in range(count)]
+
+
+async def nothing_more(subscription: Subscription) -> bool:
+    try:
+        async with asyncio.timeout(0.05):
+            await subscription.next()
+    except TimeoutError:
+        return True
+    return False
+
+
+async def test_everyone_who_listens_gets_what_is_published_from_then_on(bus: Bus) -> None:
+    before, durable, ephemeral = an_event("j1", 1), an_event("j1", 2, "turn.final"), an_event("j1", None, after_seq=2)
+    await bus.publish("events.j1", before)
+    async with bus.subscribe("events.j1") as one, bus.subscribe("events.j1") as other:
+        for event in (durable, ephemeral, hint("j1", "deleted")):
+            await bus.publish("events.j1", event)
+        for subscription in (one, other):
+            assert await received(subscription, 3) == [durable, ephemeral, hint("j1", "deleted")]
+            assert await nothing_more(subscription)
+
+
+async def test_topics_are_apart(bus: Bus) -> None:
+    async with (
+        bus.subscribe("events.j1") as events,
+        bus.subscribe("control.j1") as control,
+        bus.subscribe("events.j2") as others,
+    ):
+        await bus.publish("control.j1", hint("j1", "cancel"))
+        await bus.publish("events.j2", an_event("j2", 1))
+        assert (await received(control, 1))[0].type == "cancel"
+        assert (await received(others, 1))[0].job_id == "j2"
+        assert await nothing_more(events)
+
+
+async def test_an_event_arrives_with_its_bytes_and_its_place(bus: Bus) -> None:
+    sent = an_event("j1", None, "turn.partial", after_seq=7, turn={"transcript": "a\u2028b\r\n\0"})
+    async with bus.subscribe("events.j1") as subscription:
+        await bus.publish("events.j1", sent)
+        (got,) = await received(subscription, 1)
+    assert (got.job_id, got.seq, got.type, got.json, got.sse, got.after_seq) == (
+        sent.job_id, sent.seq, sent.type, sent.json, sent.sse, 7,
+    )  # fmt: skip
+
+
+async def test_who_waits_is_woken(bus: Bus) -> None:
+    async with bus.subscribe("events.j1") as subscription:
+        waiting = asyncio.create_task(received(subscription, 2))
+        for seq in (1, 2):
+            await asyncio.sleep(0)
+            await bus.publish("events.j1", an_event("j1", seq))
+        assert [event.seq for event in await waiting] == [1, 2]
+
+
+async def test_a_cancelled_wait_loses_nothing(bus: Bus) -> None:
+    async with bus.subscribe("events.j1") as subscription:
+        assert await nothing_more(subscription)
+        await bus.publish("events.j1", an_event("j1", 1))
+        assert [event.seq for event in await received(subscription, 1)] == [1]
+
+
+async def test_a_listener_who_does_not_read_holds_nobody_up_and_loses_the_oldest(bus: Bus) -> None:
+    async with bus.subscribe("events.j1") as idle, bus.subscribe("events.j1") as busy:
+        async with asyncio.timeout(5):
+            for seq in range(1, BACKLOG + 501):
+                await bus.publish("events.j1", an_event("j1", seq))
+                assert (await busy.next()).seq == seq
+        kept = [event.seq for event in await received(idle, BACKLOG)]
+    assert kept == list(range(501, BACKLOG + 501))
+
+
+async def test_who_has_left_is_forgotten(bus: Bus) -> None:
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="left"):
+            async with bus.subscribe("events.j1"):
+                raise RuntimeError("left")
+    await bus.publish("events.j1", an_event("j1", 1))
+    async with bus.subscribe("events.j1") as subscription:
+        assert await nothing_more(subscription)
+
+
+async def test_the_memory_bus_keeps_no_topic_without_a_listener() -> None:
+    bus = MemoryBus()
+    async with bus.subscribe("events.j1"), bus.subscribe("events.j1"):
+        pass
+    assert not bus._topics
+    await bus.publish("events.j1", an_event("j1", 1))
+    assert not bus._topics
+
+
+async def test_the_memory_bus_hands_on_the_very_event() -> None:
+    """What was encoded once is never encoded again."""
+    bus, sent = MemoryBus(), an_event("j1", 1)
+    async with bus.subscribe("events.j1") as one, bus.subscribe("events.j1") as other:
+        await bus.publish("events.j1", sent)
+        assert await one.next() is sent
+        assert await other.next() is sent
