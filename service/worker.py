@@ -33,6 +33,7 @@ class Worker:
         self._free = runtime.settings.max_streams
         self._freed = asyncio.Event()
         self._running: dict[asyncio.Task[None], Control] = {}
+        self._starting = asyncio.Lock()
         self._draining = False
 
     async def run(self) -> None:
@@ -45,23 +46,39 @@ class Worker:
                 group.create_task(self._runtime.webhooks.run(), name="worker-webhooks")
 
     async def drain(self) -> None:
-        """Take nothing more, let every session end its turn, and hand the jobs back."""
+        """Take nothing more, let every session end its turn, and hand the jobs back.
+
+        What does not end in time, a database that is away above all, is left: it goes on at the next start.
+        """
         self._draining = True
         for control in self._running.values():
             control.ask("drain")
-        if self._running:
-            await asyncio.wait(self._running)
+        try:
+            async with asyncio.timeout(self._runtime.clock.real(self._runtime.settings.drain)):
+                async with self._starting:  # a claim under way counts too
+                    pass
+                while self._running:
+                    await asyncio.wait(self._running)
+        except TimeoutError:
+            log.warning("jobs left behind", jobs=len(self._running))
+            for task in self._running:
+                task.cancel()
+            if self._running:
+                await asyncio.wait(self._running, timeout=1)
 
     async def _take(self) -> None:
-        while not self._draining:
+        while True:
             while self._free < 1:
                 self._freed.clear()
                 await self._freed.wait()
             delivery = await self._runtime.queue.next()
-            try:
-                await self._start(delivery)
-            except Exception:
-                log.exception("job not begun; the reconciler will ring again", job_id=delivery.job_id)
+            async with self._starting:
+                if self._draining:
+                    return  # whoever takes the jobs next finds it in the database
+                try:
+                    await self._start(delivery)
+                except Exception:
+                    log.exception("job not begun; the reconciler will ring again", job_id=delivery.job_id)
 
     async def _start(self, delivery: Delivery) -> None:
         runtime = self._runtime
