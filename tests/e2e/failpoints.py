@@ -1,0 +1,99 @@
+"""`python -m tests.e2e.failpoints ARM serve …`: the command line, in a process that kills itself where it is told to.
+
+Nothing happens until the file ARM appears. It names a point and a number: `commit.before 7` is SIGKILL in front of the
+seventh commit from then on. Production code knows nothing of it: what is killed at is wrapped here.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from service.backends import local
+from service.backends.memory import MemoryBus, MemoryQueue
+from service.store.writer import Writer
+
+POINTS = (
+    "put.before", "fsync.before", "fsync.after", "rename.before", "rename.after", "put.after", "commit.before",
+    "commit.after", "publish.before", "publish.after", "announce.before", "announce.after",
+)  # fmt: skip
+
+
+class Failpoints:
+    """Counts visits from the moment it is armed."""
+
+    def __init__(self, arm: Path) -> None:
+        """`arm`: the file that arms it."""
+        self._arm = arm
+        self._name = ""
+        self._left = 0
+
+    def at(self, name: str) -> None:
+        """A point is passed."""
+        if not self._name:
+            try:
+                text = self._arm.read_text()
+            except FileNotFoundError:
+                return
+            self._name, count = text.split()
+            self._left = int(count)
+        if name == self._name:
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A plain function with a point on either side."""
+
+        def wrapped(*args: Any, **more: Any) -> Any:
+            self.at(f"{name}.before")
+            result = function(*args, **more)
+            self.at(f"{name}.after")
+            return result
+
+        return wrapped
+
+    def around_async(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for a coroutine function."""
+
+        async def wrapped(*args: Any, **more: Any) -> Any:
+            self.at(f"{name}.before")
+            result = await function(*args, **more)
+            self.at(f"{name}.after")
+            return result
+
+        return wrapped
+
+
+def install(points: Failpoints) -> None:
+    """Wrap what makes things durable or visible."""
+    patches: list[tuple[Any, str, str, bool]] = [
+        (local.LocalBlobs, "put", "put", True),
+        (local.LocalBlobs, "_commit", "rename", False),
+        (os, "fsync", "fsync", False),
+        (MemoryBus, "publish", "publish", True),
+        (MemoryQueue, "announce", "announce", True),
+    ]
+    for owner, attribute, name, is_async in patches:
+        around = points.around_async if is_async else points.around
+        setattr(owner, attribute, around(name, getattr(owner, attribute)))
+    event.listen(Engine, "commit", lambda _: points.at("commit.before"))  # told before COMMIT is sent
+    transact = Writer._transact
+
+    async def committed(self: Writer, group: Any) -> None:
+        await transact(self, group)
+        points.at("commit.after")
+
+    Writer._transact = committed  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    install(Failpoints(Path(sys.argv.pop(1))))
+    from service.cli import main
+
+    main()
