@@ -2,7 +2,8 @@
 
 Invariants: the host is resolved once and called only if every address it has is public or in a network the operator
 allows; the connection goes to such an address and nowhere else; no proxy, no redirect, and of the answer nothing is
-looked at but its head. However the URL spells the host, it is the addresses that are judged.
+looked at but its head, nor more read than `MAX_ANSWER_BYTES`. However the URL spells the host, it is the addresses
+that are judged.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ from service.ports import Clock
 
 CALL_SECONDS = 15.0  # for everything, from the name server to the head of the answer
 CONNECT_SECONDS = 5.0  # then the next address is tried
+MAX_ANSWER_BYTES = 64 * 1024
+_READ_BYTES = 8 * 1024  # parsing them takes the event loop a few milliseconds at the worst
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -151,7 +154,7 @@ class Caller:
             connection = httpcore.AsyncHTTPConnection(target.origin, ssl_context=self._tls, network_backend=network)
             response = await connection.handle_async_request(request)
         finally:
-            await network.close()  # of a body nothing was read but what came with the head, at most 64 KiB
+            await network.close()
         retry_after = next((value for name, value in response.headers if name.lower() == b"retry-after"), b"")
         return Answer(response.status, retry_after.decode("latin-1"))
 
@@ -176,13 +179,44 @@ class _Pinned(httpcore.AsyncNetworkBackend):
         """See httpcore."""
         for address in self._addresses[:-1]:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                self._stream = await self._network.connect_tcp(address, port, timeout=self._timeout)
-                return self._stream
-        self._stream = await self._network.connect_tcp(self._addresses[-1], port, timeout=self._timeout)
-        return self._stream
+                return await self._connect(address, port)
+        return await self._connect(self._addresses[-1], port)
+
+    async def _connect(self, address: str, port: int) -> httpcore.AsyncNetworkStream:
+        self._stream = await self._network.connect_tcp(address, port, timeout=self._timeout)
+        return _Bounded(self._stream)
 
     async def close(self) -> None:
         """Also what httpcore leaves open when it is cancelled between TCP and TLS."""
         if self._stream is not None:
             with anyio.CancelScope(shield=True):
                 await self._stream.aclose()
+
+
+class _Bounded(httpcore.AsyncNetworkStream):
+    """A connection of which no more is read than an answer may have, whatever it is made of: a head may have no end."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self._left = MAX_ANSWER_BYTES
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._left <= 0:
+            raise httpcore.ReadError
+        data = await self._stream.read(min(max_bytes, _READ_BYTES, self._left), timeout)
+        self._left -= len(data)
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        return _Bounded(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - httpcore's
+        return self._stream.get_extra_info(info)
