@@ -1,0 +1,132 @@
+"""The migrations: one line from nothing to today's schema, and every database on the way comes along with its jobs."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+
+from service import migrations
+from service.core.job import Status, to_json
+from service.store import migrate, open_store
+from tests.doubles import CREATED_MS, a_job, a_turn, an_event, start
+
+FOLDER = Path(migrations.__file__).parent
+
+
+def revisions() -> list[str]:
+    """Oldest first."""
+    config = Config()
+    config.set_main_option("script_location", str(FOLDER))
+    script = ScriptDirectory.from_config(config)
+    assert len(script.get_heads()) == 1
+    return [revision.revision for revision in script.walk_revisions()][::-1]
+
+
+def url_of(path: Path) -> str:
+    return f"sqlite+aiosqlite:///{path}"
+
+
+def revision_of(path: Path) -> str:
+    connection = sqlite3.connect(path)
+    try:
+        (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    finally:
+        connection.close()
+    return str(revision)
+
+
+def execute(path: Path, *statements: tuple[str, tuple[object, ...]]) -> None:
+    connection = sqlite3.connect(path)
+    try:
+        with connection:
+            for statement, values in statements:
+                connection.execute(statement, values)
+    finally:
+        connection.close()
+
+
+def test_they_are_one_line_named_in_order() -> None:
+    assert revisions() == sorted(revisions())
+    files = sorted(path.name for path in (FOLDER / "versions").glob("[0-9]*.py"))
+    assert [name[:4] for name in files] == revisions()
+
+
+async def test_an_empty_database_gets_the_newest_schema(tmp_path: Path) -> None:
+    path = tmp_path / "new.db"
+    await migrate(url_of(path))
+    assert revision_of(path) == revisions()[-1]
+
+
+@pytest.mark.parametrize("revision", revisions())
+async def test_a_database_of_each_age_comes_along_with_its_jobs(
+    tmp_path: Path, revision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "old.db"
+    with monkeypatch.context() as patch:
+        upgrade = "alembic.command.upgrade"
+        from alembic.command import upgrade as real
+
+        patch.setattr(upgrade, lambda config, _head: real(config, revision))
+        await migrate(url_of(path))
+    assert revision_of(path) == revision
+    running = a_job("j1", status=Status.PROCESSING, turn_count=1)
+    ended = a_job("j2", status=Status.FAILED)
+    insert_job = (
+        "INSERT INTO jobs (id, owner, status, created_ms, epoch, lease_until_ms, not_before_ms, strikes, event_seq, "
+        "cancel_requested, doc) VALUES (?, 'me', ?, ?, 1, 0, 0, 1, 2, 0, ?)"
+    )
+    turn = a_turn()
+    execute(
+        path,
+        (insert_job, ("j1", "processing", CREATED_MS, to_json(running))),
+        (insert_job, ("j2", "failed", CREATED_MS, to_json(ended))),
+        ("INSERT INTO turns VALUES ('j1', 0, 's1', 0, ?, ?)", (turn.end_ms, to_json(turn))),
+        *[("INSERT INTO events VALUES ('j1', ?, 'job.status', ?)", (seq, an_event("j1", seq).json)) for seq in (1, 2)],
+    )
+    await migrate(url_of(path))
+    assert revision_of(path) == revisions()[-1]
+    async with open_store(url_of(path)) as store:
+        record = await store.get("j1")
+        assert record is not None
+        assert (record.job, record.owner, record.epoch, record.event_seq) == (running, "me", 1, 2)
+        assert await store.turns("j1") == [turn]
+        assert [event.seq for event in await store.events_after("j1", 0)] == [1, 2]
+        claim = await store.claim("j1", lease_s=60, begin=start)
+        assert claim is not None, "and work on it goes on"
+        assert await store.delete("j2")
+
+
+async def test_a_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "newer.db"
+    await migrate(url_of(path))
+    execute(path, ("UPDATE alembic_version SET version_num = '9999'", ()))
+    before = path.read_bytes()
+    with pytest.raises(CommandError, match="9999"):
+        await migrate(url_of(path))
+    assert revision_of(path) == "9999"
+    assert path.read_bytes() == before
+
+
+async def test_a_migration_that_fails_leaves_the_schema_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic.command import upgrade as real
+
+    def half(config: Config, head: str) -> None:
+        real(config, head)
+        raise RuntimeError("cut off")
+
+    path = tmp_path / "half.db"
+    with monkeypatch.context() as patch:
+        patch.setattr("alembic.command.upgrade", half)
+        with pytest.raises(RuntimeError, match="cut off"):
+            await migrate(url_of(path))
+    connection = sqlite3.connect(path)
+    tables = connection.execute("SELECT name FROM sqlite_master").fetchall()
+    connection.close()
+    assert tables == []
+    await migrate(url_of(path))
+    assert revision_of(path) == revisions()[-1]
