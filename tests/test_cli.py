@@ -1,17 +1,20 @@
 """The command line without a service: help, wrong use, files that cannot be, what is shown of events."""
 
 import io
+import json
 import re
-from itertools import islice
+from collections.abc import AsyncIterator
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from service.cli import app
-from service.cli.client import RefusedError, backoff, key_of, service_url
+from service.cli.client import RefusedError, Service, backoff, key_of, service_url
 from service.cli.terminal import CommandError, clock, printable, size
 from service.cli.transcribe import _format
 from service.cli.view import LiveView, Narrator, View, _tail
@@ -200,6 +203,53 @@ def test_waiting_grows_to_a_bound_and_is_spread() -> None:
 
 def test_an_answer_of_something_else_is_said_to_be_one() -> None:
     assert "is this the address of a Turnwire service?" in str(RefusedError(404, {}, 0))
+
+
+class Turnwire(httpx.AsyncBaseTransport):
+    """A service of three events that breaks its stream, is away for a moment, and has U+2028 in a transcript."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answers: list[httpx.Response | Exception] = [
+            httpx.Response(200, content=Broken(line(1, "job.status"), line(None, "turn.partial"), b'{"id": 2, "ty')),
+            httpx.ConnectError("All connection attempts failed"),
+            httpx.Response(503, json={"detail": "Being stopped.", "code": "unavailable"}),
+            httpx.Response(200, content=b"\n" + line(2, "turn.final") + line(3, "job.completed")),
+        ]
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(request.headers["Last-Event-ID"])
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Broken(httpx.AsyncByteStream):
+    """A body that is cut."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = pieces
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+        raise httpx.ReadError("reset")
+
+
+def line(number: int | None, kind: str) -> bytes:
+    return json.dumps({"id": number, "type": kind, "text": "a\u2028b"}, ensure_ascii=False).encode() + b"\n"
+
+
+async def test_a_stream_is_resumed_after_its_last_durable_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.client.backoff", lambda: repeat(0.001))
+    turnwire, losses = Turnwire(), []
+    async with Service("http://127.0.0.1:9") as service:
+        service._http = httpx.AsyncClient(base_url="http://test", transport=turnwire)
+        events = [event async for event in service.follow("j", lambda reason, wait: losses.append(reason))]
+    assert [event["id"] for event in events] == [1, None, 2, 3]
+    assert turnwire.asked == ["0", "1", "1", "1"]
+    assert losses == ["the connection broke", "no connection", "Being stopped. (unavailable)"]
 
 
 # --- what is shown of events -----------------------------------------------------------------------------------------

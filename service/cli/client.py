@@ -115,21 +115,25 @@ class Service:
 
     async def call(self, method: str, path: str, **request: Any) -> Any:  # noqa: ANN401 - whatever JSON it is
         """One request; its JSON, None for an empty answer."""
-        response = await self._request(method, path, **request)
-        return json.loads(response.content) if response.content else None
-
-    async def transcript(self, job_id: str, form: str) -> bytes:
-        """The transcript as it is now."""
-        return (await self._request("GET", f"/jobs/{quote(job_id, safe='')}/transcript.{form}")).content
-
-    async def _request(self, method: str, path: str, **request: Any) -> httpx.Response:  # noqa: ANN401
         try:
             response = await self._http.request(method, path, **request)
         except httpx.TransportError as exc:
             raise self._unreachable(exc) from None
         if not response.is_success:
             raise _refused(response)
-        return response
+        return _json(response.content) if response.content else None
+
+    async def transcript(self, job_id: str, form: str, lost: Callable[[str, float], None]) -> bytes:
+        """The transcript as it is now. After hours a moment's outage is waited out; `lost` is as in `follow`."""
+        patience = _Patience(self.url, lost)
+        while True:
+            try:
+                response = await self._http.get(f"/jobs/{quote(job_id, safe='')}/transcript.{form}")
+                if response.is_success:
+                    return response.content
+                raise _refused(response)
+            except (httpx.TransportError, RefusedError) as exc:
+                await patience.after(exc)
 
     async def upload(
         self, path: Path, options: Sequence[tuple[str, str]], sent: Callable[[int, int | None], None]
@@ -162,7 +166,7 @@ class Service:
                 raise self._unreachable(exc) from None
             if not response.is_success:
                 raise _refused(response)
-            job: Json = response.json()
+            job: Json = _json(response.content)
             return job
 
     async def follow(self, job_id: str, lost: Callable[[str, float], None]) -> AsyncGenerator[Json, None]:
@@ -170,33 +174,20 @@ class Service:
 
         `lost` is told why the stream broke, and in how many seconds it is tried again.
         """
-        last, ended = 0, False
-        delays, gone_since = backoff(), None
-        now = asyncio.get_running_loop().time
+        last, ended, patience = 0, False, _Patience(self.url, lost)
         while True:
-            wait = 0.0
             try:
                 async with aclosing(self._events(job_id, last)) as events:
                     async for event in events:
-                        delays, gone_since = backoff(), None
+                        patience = _Patience(self.url, lost)
                         if event["id"] or event["type"] == "stream.reset":
                             last, ended = event["id"] or 0, event["type"] in TERMINAL_EVENTS
                         yield event
                 if ended:
                     return
-                reason = "the stream ended early"
-            except httpx.TransportError as exc:
-                reason = _why(exc)
-            except RefusedError as exc:
-                if exc.status not in BUSY:
-                    raise
-                reason, wait = str(exc), exc.retry_after
-            gone_since = gone_since or now()
-            if now() - gone_since > PATIENCE_SECONDS:
-                raise CommandError(f"{self.url} has been gone for {PATIENCE_SECONDS / 60:.0f} minutes: {reason}")
-            wait = max(wait, next(delays))
-            lost(reason, wait)
-            await pause(wait)
+                await patience.after("the stream ended early")
+            except (httpx.TransportError, RefusedError) as exc:
+                await patience.after(exc)
 
     async def _events(self, job_id: str, after: int) -> AsyncGenerator[Json, None]:
         """One connection's events; none (204) where `after` is the newest and ends the job."""
@@ -205,13 +196,40 @@ class Service:
             if not response.is_success:
                 await response.aread()
                 raise _refused(response)
-            async for line in response.aiter_lines():
-                if line:
-                    yield json.loads(line)
+            rest = b""
+            async for piece in response.aiter_bytes():  # httpx would break lines at U+2028 and its like, too
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in filter(None, lines):
+                    yield _json(line)
 
     def _unreachable(self, exc: httpx.TransportError) -> CommandError:
         hint = "; is it running? `turnwire serve` starts it" if isinstance(exc, httpx.ConnectError) else ""
         return CommandError(f"{self.url} does not answer: {_why(exc)}{hint}")
+
+
+class _Patience:
+    """Waits, ever longer, for a service that has gone; gives up after `PATIENCE_SECONDS`."""
+
+    def __init__(self, url: str, lost: Callable[[str, float], None]) -> None:
+        self._url = url
+        self._lost = lost
+        self._waits = backoff()
+        self._since: float | None = None
+
+    async def after(self, failure: Exception | str) -> None:
+        """Wait before another attempt. Raises what no waiting mends."""
+        now = asyncio.get_running_loop().time()
+        self._since = self._since or now
+        wait = next(self._waits)
+        if isinstance(failure, RefusedError):
+            if failure.status not in BUSY:
+                raise failure
+            wait = max(wait, failure.retry_after)
+        reason = _why(failure) if isinstance(failure, httpx.TransportError) else str(failure)
+        if now - self._since > PATIENCE_SECONDS:
+            raise CommandError(f"{self._url} has been gone for {PATIENCE_SECONDS / 60:.0f} minutes: {reason}")
+        self._lost(reason, wait)
+        await pause(wait)
 
 
 def _pieces(
@@ -250,6 +268,13 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return await future
+
+
+def _json(body: bytes) -> Any:  # noqa: ANN401
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise CommandError("the answer makes no sense; is this the address of a Turnwire service?") from None
 
 
 def _refused(response: httpx.Response) -> RefusedError:

@@ -249,9 +249,11 @@ def _tell_end(job: dict[str, Any]) -> None:
 
 async def _hand_over(service: "Service", order: Order, job: dict[str, Any]) -> None:
     """The transcript, also of a job that did not complete, if there is anything in it."""
+    from service.cli.view import View
+
     if job["status"] != "completed" and not job["turn_count"]:
         return
-    data = await service.transcript(job["id"], order.form)
+    data = await service.transcript(job["id"], order.form, View().lost)  # the live one is closed
     if order.output is None:
         if sys.stdout.isatty() and sys.stderr.isatty():
             say("")
