@@ -26,6 +26,7 @@ export class Actions {
     this.#on("retry-here", () => this.retry("here"));
     this.#on("retry-start", () => this.retry("start"));
     this.#on("delete", () => this.delete());
+    this.#on("speak", () => this.speak());
     for (const item of $("downloads").querySelectorAll("[data-format]")) {
       item.addEventListener("click", () => this.#guard(() => this.download(item.dataset.format)));
     }
@@ -40,6 +41,18 @@ export class Actions {
     show($("retry-here"), Boolean(retryable));
     show($("retry-start"), Boolean(retryable));
     show($("partial-note"), !terminal);
+  }
+
+  /** Whether new turns are announced to a screen reader. */
+  get speaking() {
+    return $("speak").getAttribute("aria-checked") === "true";
+  }
+
+  speak() {
+    const on = !this.speaking;
+    $("speak").setAttribute("aria-checked", String(on));
+    announce(on ? "Turns are announced" : "Turns are not announced");
+    this.#view.draw();
   }
 
   async copy() {

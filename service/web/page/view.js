@@ -1,15 +1,16 @@
 // One job on the page: puts state, stream, transcript, waveform, player, card, details together and draws what changed, once a frame.
 
 import { Actions } from "./actions.js";
-import { request } from "./api.js";
+import { ask } from "./api.js";
 import { Card } from "./card.js";
 import { Details } from "./details.js";
-import { $, announce, say, show } from "./dom.js";
+import { $, say, show } from "./dom.js";
 import { Follow, keepInView } from "./follow.js";
 import { placeAt } from "./heard.js";
 import { Inspector } from "./inspector.js";
 import { JobState } from "./job.js";
 import { Listening } from "./listening.js";
+import { Queue } from "./queue.js";
 import { blank, describe } from "./status.js";
 import { drawSteps, stepOf } from "./steps.js";
 import { Stream } from "./stream.js";
@@ -19,7 +20,6 @@ import { clock } from "./words.js";
 
 const NOTE_MS = 6000;
 const REST_MS = 5000;
-const QUEUE_MS = 3000; // no event tells a place in the queue
 
 export class View {
   #on;
@@ -31,13 +31,13 @@ export class View {
   #card = new Card($("card"), { retry: (from) => this.#actions.retry(from), playFrom: (ms) => this.playFrom(ms) });
   #details = new Details();
   #inspector = new Inspector();
+  #queue = new Queue(() => this.draw());
   #stream = null;
   #connection = { name: "connecting" };
   #due = false;
   #fresh = 0; // turns added since the reader let go
   #caughtUp = false; // whether the former drawing held all there was
   #chosen = -1; // the turn J and K are at
-  #queueTimer = 0;
   #noteTimer = 0;
   #restTimer = 0;
 
@@ -52,7 +52,6 @@ export class View {
     });
     $("details-open").addEventListener("click", () => this.toggleDetails());
     $("details-close").addEventListener("click", () => this.toggleDetails());
-    $("speak").addEventListener("click", () => this.#speak());
   }
 
   open(id) {
@@ -73,7 +72,7 @@ export class View {
     if (!this.state) return;
     this.#stream.stop();
     this.#ears.close();
-    clearTimeout(this.#queueTimer);
+    this.#queue.stop();
     this.state = null;
     this.#caughtUp = false;
     this.#fresh = 0;
@@ -84,7 +83,7 @@ export class View {
     for (const id of ["title", "sentence", "aside", "blank"]) say($(id), "");
     $("log").setAttribute("aria-live", "off");
     $("log").setAttribute("aria-busy", "true");
-    delete $("view").dataset.gone;
+    delete $("view").dataset.state;
   }
 
   /** Draw with the next frame. */
@@ -191,42 +190,32 @@ export class View {
     this.draw();
   }
 
-  async #seeded() {
+  #seeded() {
     const { state } = this;
     const { job } = state;
-    clearTimeout(this.#queueTimer);
-    if (job.status === "queued") this.#queueTimer = setTimeout(() => this.#askQueue(), QUEUE_MS);
+    $("view").dataset.state = "here";
+    this.#queue.watch(state);
     if ($("title").textContent === "") {
       say($("title"), job.filename);
       if (state.terminal) this.#follow.release();
       else this.#follow.hold();
       this.#wave.reset(job.audio.duration_ms);
-      try {
-        const answer = await request(`/jobs/${job.id}/peaks`);
-        const peaks = await answer.json();
-        if (this.state === state) this.#wave.peaks(peaks);
-      } catch {
-        // Without peaks the line stays flat; nothing else depends on them.
-      }
+      this.#readPeaks(state);
     }
     this.draw();
   }
 
-  async #askQueue() {
-    const { state } = this;
-    if (state?.job?.status !== "queued") return;
+  async #readPeaks(state) {
     try {
-      const job = await (await request(`/jobs/${state.id}`)).json();
-      if (state.job.status === "queued") state.job.queue_position = job.queue_position;
-      this.draw();
+      const peaks = await ask(`/jobs/${state.id}/peaks`);
+      if (this.state === state) this.#wave.peaks(peaks);
     } catch {
-      // The stream says what is wrong.
+      // Without peaks the line stays flat; nothing else depends on them.
     }
-    if (this.state === state) this.#queueTimer = setTimeout(() => this.#askQueue(), QUEUE_MS);
   }
 
   #gone() {
-    $("view").dataset.gone = "";
+    $("view").dataset.state = "gone";
     say($("title"), "No such job");
     say($("sentence"), "");
     say($("blank"), "There is no such job: it was deleted, its time of keeping ran out, or it belongs to another key.");
@@ -241,13 +230,6 @@ export class View {
     if (!getSelection().isCollapsed) return;
     const ms = placeAt(this.#transcript, this.state.turns, event.target, event.clientX, event.clientY);
     if (ms !== null) this.playFrom(ms);
-  }
-
-  #speak() {
-    const on = $("speak").getAttribute("aria-checked") !== "true";
-    $("speak").setAttribute("aria-checked", String(on));
-    announce(on ? "Turns are announced" : "Turns are not announced");
-    this.draw();
   }
 
   // --- drawing
@@ -272,7 +254,7 @@ export class View {
     this.#jump();
     this.#hear();
     // What was there before the page came is not news to a listener.
-    const speak = state.caughtUp && !state.terminal && $("speak").getAttribute("aria-checked") === "true";
+    const speak = state.caughtUp && !state.terminal && this.#actions.speaking;
     $("log").setAttribute("aria-live", speak ? "polite" : "off");
     $("log").setAttribute("aria-busy", String(!state.caughtUp));
     this.#on.changed(job);
