@@ -2,7 +2,7 @@
 
 import ipaddress
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 
@@ -62,11 +62,12 @@ async def test_no_address_that_is_not_public_is_connected_to() -> None:
     assert len(LITERALS) + len(NAMED) > 60
     network = Network()
     async with AsyncExitStack() as stack:
-        here = await stack.enter_async_context(endpoint())
-        here6 = await stack.enter_async_context(endpoint(host="::1"))
+        servers = [here := await stack.enter_async_context(endpoint())]
+        with suppress(OSError):  # a machine without IPv6
+            servers.append(await stack.enter_async_context(endpoint(host="::1")))
         caller = Caller(SystemClock(), network=network, tls=trusting())
         for url in LITERALS:
-            for port in (here.port, here6.port):
+            for port in [server.port for server in servers]:
                 with pytest.raises(NoAnswer, match=NOT_CALLED):
                     await caller.post(url.format(port=port), {}, b"{}")
         for answer in NAMED:
@@ -75,7 +76,7 @@ async def test_no_address_that_is_not_public_is_connected_to() -> None:
             with pytest.raises(NoAnswer, match=NOT_CALLED):
                 await caller.post(f"https://hooks.example.com:{here.port}/", {}, b"{}")
             assert names.asked == ["hooks.example.com"]
-        assert (network.dialed, here.connections, here6.connections) == ([], 0, 0)
+        assert (network.dialed, sum(server.connections for server in servers)) == ([], 0)
 
 
 async def test_a_name_that_moves_is_resolved_once_and_called_where_it_was_judged() -> None:
