@@ -21,9 +21,10 @@ from sqlalchemy.pool import StaticPool
 
 from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
+from service.core.words import searchable
 from service.store import outbox
 from service.store.reading import Reader, Record, record_of
-from service.store.schema import events, jobs, now_ms, turns, webhooks
+from service.store.schema import events, jobs, now_ms, said, turns, webhooks
 from service.store.writer import Writer
 
 __all__ = ["MAX_STRIKES", "Busy", "Record", "Store", "Write", "migrate", "open_store"]
@@ -144,6 +145,8 @@ class Store(Reader):
                 "event_seq": len(made),
             }  # fmt: skip
             await connection.execute(self._insert_ignoring(jobs).on_conflict_do_nothing(), row)
+            name = {"job_id": job.id, "idx": -1, "words": searchable(job.filename)}
+            await connection.execute(self._insert_ignoring(said).on_conflict_do_nothing(), name)
             await self._append(connection, job, made)
 
         await self._writer.write(job.id, run)
@@ -165,9 +168,9 @@ class Store(Reader):
             if write is None:
                 return record
             if write.withdraw_from is not None:
-                await connection.execute(
-                    delete(turns).where(turns.c.job_id == job_id, turns.c.idx >= write.withdraw_from)
-                )
+                for table in (turns, said):
+                    withdrawn = and_(table.c.job_id == job_id, table.c.idx >= write.withdraw_from)
+                    await connection.execute(delete(table).where(withdrawn))
             await self._append(connection, write.job, write.events)
             seq = record.event_seq + len(write.events)
             values = {"status": write.job.status, "event_seq": seq, "doc": to_json(write.job), "strikes": 0,
@@ -198,7 +201,7 @@ class Store(Reader):
         async def run(connection: AsyncConnection) -> bool:
             if (await connection.execute(delete(jobs).where(wanted))).rowcount == 0:
                 return False
-            for table in (events, turns, webhooks):
+            for table in (events, turns, said, webhooks):
                 await connection.execute(delete(table).where(table.c.job_id == job_id))
             await outbox.doom(connection, self._insert_ignoring, job_id)
             return True
@@ -272,6 +275,11 @@ class Store(Reader):
                 await connection.execute(
                     update(turns).where(turns.c.job_id == job.id, turns.c.idx == turn.index).values(row)
                 )
+                await connection.execute(
+                    update(said)
+                    .where(said.c.job_id == job.id, said.c.idx == turn.index)
+                    .values(words=searchable(turn.transcript))
+                )
             if write.turns:
                 rows = [
                     {"job_id": job.id, "idx": turn.index, "session_id": turn.session_id, "turn_order": turn.turn_order,
@@ -279,6 +287,10 @@ class Store(Reader):
                     for turn in write.turns
                 ]  # fmt: skip
                 await connection.execute(self._insert_ignoring(turns).on_conflict_do_nothing(), rows)
+                texts = [
+                    {"job_id": job.id, "idx": turn.index, "words": searchable(turn.transcript)} for turn in write.turns
+                ]
+                await connection.execute(self._insert_ignoring(said).on_conflict_do_nothing(), texts)
             await self._append(connection, job, write.events)
 
         await self._writer.write(job.id, run, patient=True)

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.core.errors import Unavailable
 from service.core.job import Event, Job, Status, Turn, job_from_json, turn_from_json
-from service.store import schema
-from service.store.schema import events, jobs, now_ms, turns
+from service.core.words import words
+from service.store.schema import events, jobs, now_ms, said, turns
 
 T = TypeVar("T")
 
@@ -62,9 +62,14 @@ class Reader:
         before: tuple[int, str] | None = None,
         created_after_ms: int | None = None,
         created_before_ms: int | None = None,
-        name_contains: str = "",
+        q: str = "",
     ) -> Sequence[Record]:
-        """Whole jobs, newest first, ties by id; `before` is the (created_ms, id) of the last one seen."""
+        """Whole jobs, newest first, ties by id; `before` is the (created_ms, id) of the last one seen.
+
+        With `q` only those that have each of its words in a final or in the file's name.
+        """
+        if q and not q.isspace() and not words(q):
+            return []  # nothing but punctuation is in no job
         query = select(jobs).order_by(jobs.c.created_ms.desc(), jobs.c.id.desc()).limit(limit)
         if owner is not None:
             query = query.where(jobs.c.owner == owner)
@@ -76,8 +81,9 @@ class Reader:
             query = query.where(jobs.c.created_ms >= created_after_ms)
         if created_before_ms is not None:
             query = query.where(jobs.c.created_ms < created_before_ms)
-        if name_contains:
-            query = query.where(schema.filename().icontains(name_contains, autoescape=True))
+        for word in sorted(set(words(q)), key=len, reverse=True):  # the longest are the rarest
+            with_word = select(said.c.job_id).where(said.c.job_id == jobs.c.id, said.c.words.contains(f" {word} "))
+            query = query.where(with_word.exists())
 
         async def run(connection: AsyncConnection) -> Sequence[Record]:
             rows = (await connection.execute(query)).mappings().all()

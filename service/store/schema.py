@@ -86,6 +86,32 @@ webhooks = Table(
     Index("webhooks_by_job", "job_id"),
 )
 
+# What a search looks at: the words of each final as it stands now (`core.words.searchable`), and those of the file's
+# name as turn -1. Apart from `turns`, whose rows are some fifty times as long: a search may have to look at all of it.
+said = Table(
+    "said",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("idx", Integer, primary_key=True),
+    Column("words", Text, nullable=False),
+)
+
+# Idempotency keys of accepted uploads.
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("job_id", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),  # of the file and the options
+    Column("expires_ms", BigInteger, nullable=False),  # on the database's clock
+    Index("idempotency_by_job", "job_id"),
+    Index("idempotency_by_expiry", "expires_ms"),
+)
+
+# The public JSON of a job's peaks, once somebody has asked for them; never without the audio.
+peaks = Table("peaks", metadata, Column("job_id", Text, primary_key=True), Column("doc", LargeBinary, nullable=False))
+
 doomed_audio = Table("doomed_audio", metadata, Column("job_id", Text, primary_key=True))
 
 
@@ -104,20 +130,3 @@ def _now_ms(_element: now_ms, _compiler: object, **_kw: object) -> str:
 @compiles(now_ms, "sqlite")
 def _now_ms_sqlite(_element: now_ms, _compiler: object, **_kw: object) -> str:
     return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
-
-
-class filename(FunctionElement[str]):  # noqa: N801 - reads as a function in queries
-    """The file's name of a row of `jobs`, out of its document."""
-
-    type = Text()
-    inherit_cache = True
-
-
-@compiles(filename)
-def _filename(_element: filename, _compiler: object, **_kw: object) -> str:
-    return "(convert_from(jobs.doc, 'UTF8')::json ->> 'filename')"
-
-
-@compiles(filename, "sqlite")
-def _filename_sqlite(_element: filename, _compiler: object, **_kw: object) -> str:
-    return "json_extract(CAST(jobs.doc AS TEXT), '$.filename')"

@@ -115,7 +115,9 @@ async def list_jobs(
     status: Annotated[list[Status], Query(description="Only these; repeatable")] = [],  # noqa: B006 - FastAPI copies it
     created_after: Annotated[dt.datetime | None, Query(description="Inclusive")] = None,
     created_before: Annotated[dt.datetime | None, Query(description="Exclusive")] = None,
-    q: Annotated[str, Query(max_length=255, description="Part of the file's name")] = "",
+    q: Annotated[
+        str, Query(max_length=255, description="Words that are each in a final or in the file's name, in any case")
+    ] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
     cursor: Annotated[str, Query(description="`next_cursor` of the page before")] = "",
 ) -> Response:
@@ -127,7 +129,7 @@ async def list_jobs(
         before=_position(cursor) if cursor else None,
         created_after_ms=_unix_ms(created_after),
         created_before_ms=_unix_ms(created_before),
-        name_contains=q,
+        q=q,
     )
     shown = records[:limit]
     following = _cursor(shown[-1]) if len(records) > limit else None

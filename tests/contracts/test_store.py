@@ -128,9 +128,61 @@ async def test_the_list_is_filtered(store: Store) -> None:
     assert await found(statuses=["queued", "processing"]) == ["j3", "j2", "j1"]
     assert await found(created_after_ms=CREATED_MS + 1) == ["j3", "j2"], "inclusive"
     assert await found(created_before_ms=CREATED_MS + 1) == ["j1"], "exclusive"
-    assert await found(name_contains="VIEW") == ["j3", "j2"]
-    assert await found(name_contains="%_") == ["j1"], "no wildcards"
     assert await found(limit=2) == ["j3", "j2"]
+
+
+async def test_the_search_wants_every_word_wherever_it_was_said(store: Store) -> None:
+    async def found(q: str, owner: str | None = None) -> str:
+        return " ".join(record.job.id for record in await store.list(owner=owner, limit=10, q=q))
+
+    await add_job(store, "j1", owner="a", created_ms=CREATED_MS, filename="100%_sure.wav")
+    await add_job(store, "j2", owner="b", created_ms=CREATED_MS + 1, filename="Board-call.wav")
+    await add_job(store, "j3", owner="a", created_ms=CREATED_MS + 2, filename="x.wav")
+    held = await claim(store, "j1")
+    turns = [
+        a_turn(0, text="The quick brown Fox, don\u2019t you know"),
+        a_turn(1, text="Straße; e\u0301te\u0301 100 %"),
+    ]
+    await write(store, held, an_event("j1", 3), after=2, turns=turns)
+    held = await claim(store, "j2")
+    await write(store, held, an_event("j2", 3), after=2, turns=[a_turn(0, text='quick "OR" dead foxes AND dons')])
+
+    assert await found("") == await found(" \t") == "j3 j2 j1"
+    assert await found("QUICK") == "j2 j1"
+    assert await found("fox quick") == "j1", "any order; whole words"
+    assert await found("été fox") == "j1", "in two turns, however the accents are written"
+    assert await found("STRASSE") == await found("straße") == "j1"
+    assert await found("don't") == await found("Don\u2019t!") == "j1"
+    assert await found("fox call") == "", "all in one job"
+    assert await found("board quick") == "j2", "the file's name too"
+    assert await found("fox", owner="b") == ""
+    for operators in ("fox OR dead", "fox NOT quick zzz", "NEAR(fox quick)", "qu*k", "q%k", "f_x", "words:fox", "fo?"):
+        assert await found(operators) == "", operators
+    for same in ('"quick', "quick*", "-quick", "(quick", "quick;--", "'quick'", "%quick%", "\\quick", "quick\x00"):
+        assert await found(same) == "j2 j1", same
+    for none in ("%", "_", "*", '"', "\\", "%_", "' OR 1=1 --", "\ud800"):
+        assert await found(none) == "", none
+    assert await found("a " * 127) == ""
+
+
+async def test_the_search_knows_turns_as_they_stand_now(store: Store) -> None:
+    async def found(q: str) -> bool:
+        return bool(await store.list(owner=None, limit=10, q=q))
+
+    await add_job(store, "j1", filename="name.wav")
+    held = await claim(store)
+    await write(store, held, an_event("j1", 3), after=2, turns=[a_turn(0, text="one"), a_turn(1, text="two")])
+    await write(store, held, an_event("j1", 4), after=3, revised=[a_turn(0, text="won")])
+    assert [await found(q) for q in ("one", "won", "two", "name")] == [False, True, True, True]
+    held.job.status = Status.FAILED
+    await write(store, held, an_event("j1", 5, "job.failed"), after=4)
+    await store.amend("j1", lambda record: Write(record.job, withdraw_from=1))
+    assert [await found(q) for q in ("won", "two", "name")] == [True, False, True]
+    await store.delete("j1")
+    await add_job(store, "j1", filename="other.wav")
+    assert [await found(q) for q in ("won", "name", "other")] == [False, False, True], (
+        "nothing of a deleted job is left"
+    )
 
 
 async def test_the_place_in_the_queue(store: Store) -> None:
@@ -672,6 +724,22 @@ async def test_the_migrations_build_the_schema_of_the_code(database: str) -> Non
             assert await connection.run_sync(compare) != [], "the comparison sees what is missing"
     finally:
         await engine.dispose()
+
+
+async def test_what_is_there_when_migrating_can_be_searched(database: str) -> None:
+    async with open_store(database) as store:
+        await add_job(store, "j1", filename="old.wav")
+        held = await claim(store)
+        await write(store, held, an_event("j1", 3), after=2, turns=[a_turn(0, text="Said before."), a_turn(1)])
+    with sqlite3.connect(database.partition("///")[2]) as connection:
+        for table in ("said", "idempotency", "peaks"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("UPDATE alembic_version SET version_num = '0002'")
+    connection.close()
+    await migrate(database)
+    async with open_store(database) as store:
+        for q in ("said", "hello before", "old"):
+            assert [record.job.id for record in await store.list(owner=None, limit=10, q=q)] == ["j1"], q
 
 
 async def test_migrating_twice_loses_nothing(database: str) -> None:

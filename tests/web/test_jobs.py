@@ -183,8 +183,10 @@ async def test_listing(idle: Served) -> None:
 
     assert await ids("status=canceled") == [jobs[0]["id"]]
     assert await ids("q=STAND") == [jobs[3]["id"]]
-    assert await ids("q=%25_") == [jobs[2]["id"]]
-    assert await ids("q=zzz") == []
+    assert await ids("q=100%25_") == [jobs[2]["id"]]
+    assert await ids("q=%C3%84%C3%B6+interview") == [jobs[1]["id"]]
+    assert await ids("q=wav&limit=3") == newest_first[:3]
+    assert await ids("q=zzz") == await ids("q=%25") == await ids("q=stan") == []
     created = jobs[2]["created_at"]
     assert await ids(f"created_after={created}") == newest_first[:3]
     assert await ids(f"created_before={created}") == newest_first[3:]
