@@ -25,7 +25,7 @@ def reference(name: str) -> str:
 def test_what_was_said_is_what_is_written(name: str, tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "service", "transcribe", str(SAMPLES / name), "--format", "json"],
-        capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path, env=clean_environment(),
+        capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SAMPLES.parents[1])},
     )  # fmt: skip
     transcript = json.loads(run.stdout)
     assert transcript["complete"]
@@ -34,11 +34,3 @@ def test_what_was_said_is_what_is_written(name: str, tmp_path: Path) -> None:
     error = jiwer.wer(normalise(reference(name)), normalise(transcript["text"]))
     assert error < 0.15, transcript["text"]
     assert "[Partial]" in run.stderr or "[Partial]" in run.stdout
-
-
-def clean_environment() -> dict[str, str]:
-    """Ours, without settings of the machine's owner, and with the checkout on the path."""
-    import os
-
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TURNWIRE_", "ASSEMBLYAI_"))}
-    return kept | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
