@@ -68,6 +68,8 @@ class Writer:
         self._waiting.append(operation)
         self._wake.set()
         if patient:
+            # A caller that is gone by then does not want to know.
+            operation.done.add_done_callback(lambda done: done.cancelled() or done.exception())
             result: T = await asyncio.shield(operation.done)
         else:
             result = await operation.done
