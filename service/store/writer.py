@@ -42,6 +42,7 @@ class _Operation:
             return
         if isinstance(result, Exception):
             self.done.set_exception(result)
+            self.done.exception()  # whoever waits gets it; when nobody does any more, it is no news
         else:
             self.done.set_result(result)
 
@@ -68,8 +69,6 @@ class Writer:
         self._waiting.append(operation)
         self._wake.set()
         if patient:
-            # A caller that is gone by then does not want to know.
-            operation.done.add_done_callback(lambda done: done.cancelled() or done.exception())
             result: T = await asyncio.shield(operation.done)
         else:
             result = await operation.done
