@@ -17,6 +17,11 @@ const CODECS = {
   0x0002: "Microsoft ADPCM", 0x0011: "IMA ADPCM", 0x0031: "GSM 6.10", 0x0050: "MPEG audio", 0x0055: "MP3", 0x00ff: "AAC", 0x0161: "Windows Media Audio",
   0x1600: "AAC", 0x2000: "AC-3", 0x674f: "Vorbis", 0x704f: "Opus", 0xf1ac: "FLAC",
 };
+// KSDATAFORMAT_SUBTYPE_…: the format tag, then this.
+const GUID_TAIL = "\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71";
+const KNOWN = new Set(
+  "data,fmt ,LIST,fact,ds64,bext,JUNK,junk,PAD ,FLLR,PEAK,cue ,smpl,inst,plst,iXML,axml,chna,id3 ,ID3 ,DISP,cart,umid,acid,afsp,levl,_PMX,qlty,mext,link,slnt,wavl,note,labl,ltxt".split(","),
+);
 // Offset, first bytes, name.
 const AUDIO = [
   [0, "ID3", "an MP3"], [0, "\xff\xfb", "an MP3"], [0, "\xff\xf3", "an MP3"], [0, "\xff\xf1", "AAC audio"], [0, "OggS", "an Ogg file (Opus or Vorbis)"],
@@ -56,31 +61,43 @@ export async function readWav(file) {
 }
 
 async function walk(file, info) {
-  const head = await bytesAt(file, 0, 12);
-  const riff64 = checkContainer(head, file.size);
+  const riff64 = checkContainer(await bytesAt(file, 0, 12), file.size);
   let at = 12;
-  let frameBytes = 0;
+  let format = null;
   let wide = 0;
-  for (let chunks = 0; at + 8 <= file.size; chunks += 1) {
-    if (chunks > MAX_CHUNKS) throw new Trouble(`The file has more than ${MAX_CHUNKS} chunks.`);
+  let data = null;
+  for (let chunks = 1; at + 8 <= file.size; chunks += 1) {
     const header = await bytesAt(file, at, 48);
-    const name = text(header, 0, 4);
-    const size = header.getUint32(4, true);
-    if (name === "data") {
-      if (!frameBytes) throw new Trouble("The audio begins before the file says how it is written.", null);
-      measure(file, info, { start: at + 8, told: size === 0xffffffff && wide ? wide : size, frameBytes });
-      return;
-    }
-    if (name === "fmt ") {
-      if (size < 16 || size > 4096 || header.byteLength < 24) throw new Trouble("The header that says how the audio is written is damaged.", null);
-      frameBytes = readFormat(header, size, info);
-    }
+    const [name, size] = [text(header, 0, 4), header.getUint32(4, true)];
+    if (data && !printable(name)) break; // bytes behind the audio that are no chunk
+    if (chunks > MAX_CHUNKS) throw new Trouble(`The file has more than ${MAX_CHUNKS} chunks.`);
+    if (name === "fmt " && !data) format = readFormat(header, size, format);
     if (name === "ds64" && riff64 && header.byteLength >= 24) wide = Number(header.getBigUint64(16, true));
-    at += 8 + size + (size & 1);
-    if (at > HEADER_BUDGET && at < file.size) throw new Trouble("No audio begins within the first megabyte of the file.", null);
+    if (name === "data" && !data) {
+      if (!format) throw new Trouble("The audio begins before the file says how it is written.", null);
+      data = { start: at + 8, told: size === 0xffffffff && wide ? wide : size };
+      if (UNTOLD.has(data.told)) break;
+      at += data.told - size;
+    }
+    at = await nextChunk(file, at + 8 + size, size & 1);
+    if (!data && at > HEADER_BUDGET && at < file.size) throw new Trouble("No audio begins within the first megabyte of the file.", null);
   }
-  throw new Trouble(frameBytes ? "The file ends before its audio begins." : "The file ends inside its header.");
+  if (!data) throw new Trouble(format ? "The file ends before its audio begins." : "The file ends inside its header.");
+  if (!data.told && KNOWN.has(text(await bytesAt(file, data.start, 4), 0, 4))) throw new Trouble("There is no audio in the file.");
+  Object.assign(info, { encoding: format.encoding, rate: format.rate, channels: format.channels });
+  measure(file, info, { ...data, frameBytes: format.frameBytes });
 }
+
+/** Where the chunk after `end` begins. One of odd size has a pad byte after it, which some writers forget. */
+async function nextChunk(file, end, odd) {
+  if (!odd) return end;
+  const head = text(await bytesAt(file, end, 8), 0, 8);
+  const second = head.slice(1, 5);
+  const there = KNOWN.has(head.slice(0, 4)) || (printable(head.slice(0, 4)) && !KNOWN.has(second) && !printable(second));
+  return there && head.length === 8 ? end : end + 1;
+}
+
+const printable = (name) => /^[ -~]+$/.test(name);
 
 function checkContainer(head, size) {
   if (!size) throw new Trouble("The file is empty.");
@@ -94,20 +111,25 @@ function checkContainer(head, size) {
   throw new Trouble("This is not a WAV file. If it is audio, convert it:", null);
 }
 
-function readFormat(header, size, info) {
+function readFormat(header, size, before) {
+  if (size < 16 || size > 4096 || header.byteLength < 24) throw new Trouble("The header that says how the audio is written is damaged.", null);
   let tag = header.getUint16(8, true);
   const [channels, rate, bits] = [header.getUint16(10, true), header.getUint32(12, true), header.getUint16(22, true)];
-  if (tag === 0xfffe && size >= 40 && header.byteLength >= 48) tag = header.getUint16(32, true);
+  if (tag === 0xfffe) {
+    if (size < 40 || header.byteLength < 48) throw new Trouble("The header that says how the audio is written is damaged.", null);
+    tag = text(header, 34, 14) === GUID_TAIL ? header.getUint16(32, true) : -1;
+  }
   const known = ENCODINGS[`${tag}/${bits}`];
   if (!known) {
-    const what = LINEAR[tag] ? `${bits}-bit ${LINEAR[tag]}` : (CODECS[tag] ?? `of an unknown codec (0x${tag.toString(16)})`);
-    throw new Trouble(`Its samples are ${what}, which is not taken. Convert it:`, rate || null);
+    const codec = tag < 0 ? "of an unknown kind" : (CODECS[tag] ?? `of an unknown codec (0x${tag.toString(16)})`);
+    throw new Trouble(`Its samples are ${LINEAR[tag] ? `${bits}-bit ${LINEAR[tag]}` : codec}, which is not taken. Convert it:`, rate || null);
   }
-  Object.assign(info, { encoding: known[0], rate, channels });
   if (!channels) throw new Trouble("The header says that there are no channels.");
   if (channels > 8) throw new Trouble(`It has ${channels} channels; up to 8 are taken. Make it mono:`, rate);
   if (rate < 8_000 || rate > 192_000) throw new Trouble(`Its sample rate is ${rate.toLocaleString("en")} Hz; 8,000 to 192,000 are taken. Resample it:`, rate || null);
-  return known[1] * channels;
+  const format = { encoding: known[0], rate, channels, frameBytes: known[1] * channels };
+  if (before && JSON.stringify(before) !== JSON.stringify(format)) throw new Trouble("Two headers in the file disagree on how the audio is written.", null);
+  return format;
 }
 
 function measure(file, info, { start, told, frameBytes }) {

@@ -105,7 +105,10 @@ class Screen:
 
     async def done(self, seconds: float = 20) -> None:
         """Wait for the end of the job, and for all of its text."""
-        await self.until("document.getElementById('sentence').textContent.startsWith('Done') && document.getElementById('log').ariaBusy === 'false'", seconds)
+        await self.until(
+            "document.getElementById('sentence').textContent.startsWith('Done') && document.getElementById('log').ariaBusy === 'false'",
+            seconds,
+        )
 
     async def check(self) -> None:
         """Nothing that must never happen did."""
@@ -116,7 +119,9 @@ class Screen:
 @asynccontextmanager
 async def screen(browser: Browser, base: str, *, calm: bool = True, **options: Any) -> AsyncIterator[Screen]:
     """A tab of its own; `calm`: fails when anything went wrong in it. `options` are those of a browser context."""
-    context = await browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "accept_downloads": True, **options})
+    context = await browser.new_context(
+        **{"viewport": {"width": 1280, "height": 800}, "accept_downloads": True, **options}
+    )
     try:
         await context.add_init_script(WATCH)
         page = await context.new_page()
@@ -125,12 +130,14 @@ async def screen(browser: Browser, base: str, *, calm: bool = True, **options: A
         page.on("pageerror", lambda error: shown.trouble.append(f"exception: {error}"))
         page.on("request", lambda request: shown.requests.append(request.url))
 
-        async def refuse(dialog: Any) -> None:  # noqa: ANN401 - playwright's Dialog
+        async def refuse(dialog: Any) -> None:
             shown.trouble.append(f"dialog: {dialog.message}")
             await dialog.dismiss()
 
         page.on("dialog", refuse)
-        page.on("filechooser", lambda _: None)  # Playwright takes hold of choosers from the first listener on, and not at once
+        page.on(
+            "filechooser", lambda _: None
+        )  # Playwright takes hold of choosers from the first listener on, and not at once
         yield shown
         if calm:
             await shown.check()

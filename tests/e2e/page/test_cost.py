@@ -76,7 +76,9 @@ async def test_three_thousand_turns_and_twelve_hours(browser: Browser, tmp_path:
         await tab.until("document.querySelectorAll('#log .turn').length === 3000", seconds=60)
         print(f"\n3,000 turns shown after {time.perf_counter() - began:.2f} s")
         after = await _cost(client)
-        print(f"heap {before['heap']:.1f} → {after['heap']:.1f} MB, nodes {after['nodes']:.0f}, layout {after['layout']:.2f} s, script {after['script']:.2f} s")
+        print(
+            f"heap {before['heap']:.1f} → {after['heap']:.1f} MB, nodes {after['nodes']:.0f}, layout {after['layout']:.2f} s, script {after['script']:.2f} s"
+        )
         frames = await tab.page.evaluate("""async () => {
           const box = document.getElementById("reading"), taken = [];
           let last = performance.now();
@@ -105,7 +107,10 @@ async def _long_job(service: Service, tmp_path: Path, turns: int) -> str:
     done.turn_count = turns
     done.status, done.finished_at = Status.COMPLETED, rfc3339(now)
     events = [make_event(done.id, 1, "job.status", now, {"status": "queued", "stage": None})]
-    events += [make_event(done.id, index + 2, "turn.final", now, {"turn": _turn(index, hours // turns)}) for index in range(turns)]
+    events += [
+        make_event(done.id, index + 2, "turn.final", now, {"turn": _turn(index, hours // turns)})
+        for index in range(turns)
+    ]
     events.append(make_event(done.id, turns + 2, "job.completed", now, {"job": done}))
     await runtime.store.create(done, events, owner="", created_ms=now)
     return done.id
@@ -114,7 +119,16 @@ async def _long_job(service: Service, tmp_path: Path, turns: int) -> str:
 def _turn(index: int, every: int) -> dict[str, Any]:
     texts = [f"word{index}-{n}" for n in range(18)]
     start = index * every
-    words = [{"text": text, "start_ms": start + n * 300, "end_ms": start + n * 300 + 280, "confidence": 0.97, "speaker": None} for n, text in enumerate(texts)]
+    words = [
+        {
+            "text": text,
+            "start_ms": start + n * 300,
+            "end_ms": start + n * 300 + 280,
+            "confidence": 0.97,
+            "speaker": None,
+        }
+        for n, text in enumerate(texts)
+    ]
     return {
         "index": index, "start_ms": start, "end_ms": start + 18 * 300, "transcript": " ".join(texts) + ".", "words": words,
         "formatted": True, "session_id": "s", "turn_order": index, "end_of_turn_confidence": 1.0, "language": None,
@@ -144,7 +158,9 @@ async def test_memory_while_three_thousand_turns_arrive(browser: Browser, tmp_pa
 
 
 async def _tell(tab: Screen, turns: int, cost: dict[str, float]) -> None:
-    print(f"\nat {turns} turns: heap {cost['heap']:.1f} MB, {cost['nodes']:.0f} nodes, layout {cost['layout']:.2f} s, script {cost['script']:.2f} s")
+    print(
+        f"\nat {turns} turns: heap {cost['heap']:.1f} MB, {cost['nodes']:.0f} nodes, layout {cost['layout']:.2f} s, script {cost['script']:.2f} s"
+    )
 
 
 class ShortTurns(NumberedWords):

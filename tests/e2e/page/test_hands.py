@@ -16,7 +16,12 @@ from tests.marked import marked_wav
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 KEY = "correct-horse-battery-staple"
-LOOKS: tuple[tuple[Literal["light", "dark"], int], ...] = (("dark", 390), ("light", 390), ("dark", 1280), ("light", 1280))
+LOOKS: tuple[tuple[Literal["light", "dark"], int], ...] = (
+    ("dark", 390),
+    ("light", 390),
+    ("dark", 1280),
+    ("light", 1280),
+)
 FOCUSED = "document.activeElement.id || document.activeElement.className"
 
 
@@ -28,7 +33,9 @@ async def test_the_whole_way_with_keys_alone(browser: Browser, tmp_path: Path) -
         assert await tab.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         async with tab.page.expect_file_chooser() as waiting:
             await keys.press("Enter")
-        await (await waiting.value).set_files({"name": "talk.wav", "mimeType": "audio/wav", "buffer": marked_wav(40_000)})
+        await (await waiting.value).set_files(
+            {"name": "talk.wav", "mimeType": "audio/wav", "buffer": marked_wav(40_000)}
+        )
         await tab.sees("#sheet-name", "talk.wav")
         await keys.press("Enter")  # the focus is on the button
         await tab.page.wait_for_url("**/view")
@@ -133,7 +140,7 @@ async def _place_of(tab: Screen, word: str) -> tuple[float, float]:
 
 
 async def test_details_show_sessions_coverage_and_every_event(browser: Browser, tmp_path: Path) -> None:
-    options = {"permissions": ["clipboard-read", "clipboard-write"]}
+    options: dict[str, Any] = {"permissions": ["clipboard-read", "clipboard-write"]}
     async with serving(tmp_path, speed=4) as service, screen(browser, service.url, **options) as tab:
         job_id = await tab.send(marked_wav(10_000))
         await tab.of("#details-open").click()
@@ -226,7 +233,7 @@ async def test_axe_finds_nothing_serious_in_any_state(browser: Browser, tmp_path
                 assert await _axe(tab, axe) == [], f"{state}, {scheme}, {width} px"
 
 
-async def _states(tab: Screen) -> Any:  # noqa: ANN401 - an async generator of names
+async def _states(tab: Screen) -> Any:
     await tab.open()
     yield "empty"
     await tab.choose("a.mp3", b"ID3" + bytes(100))
@@ -234,7 +241,9 @@ async def _states(tab: Screen) -> Any:  # noqa: ANN401 - an async generator of n
     await tab.choose("a.wav", tone_wav(1, channels=2))
     yield "stereo question"
     first = await tab.send(marked_wav(12_000))
-    await tab.until("document.querySelectorAll('#log .turn').length > 2 && document.querySelector('#partials .turn') !== null")
+    await tab.until(
+        "document.querySelectorAll('#log .turn').length > 2 && document.querySelector('#partials .turn') !== null"
+    )
     yield "live"
     await tab.of("#details-open").click()
     await tab.until("document.querySelectorAll('#frames li').length > 3")
@@ -270,7 +279,9 @@ async def _axe(tab: Screen, source: str) -> list[str]:
     ]
 
 
-async def test_tabs_that_nobody_sees_leave_connections_to_the_one_that_is_seen(browser: Browser, tmp_path: Path) -> None:
+async def test_tabs_that_nobody_sees_leave_connections_to_the_one_that_is_seen(
+    browser: Browser, tmp_path: Path
+) -> None:
     seen = """(seen) => {
       Object.defineProperty(document, "hidden", {configurable: true, get: () => !seen});
       document.dispatchEvent(new Event("visibilitychange"));
@@ -290,5 +301,9 @@ async def test_tabs_that_nobody_sees_leave_connections_to_the_one_that_is_seen(b
         count = "document.querySelectorAll('#log .turn').length"
         behind = await tab.page.evaluate(count)
         await expect(others[0].locator("#log .turn").nth(behind)).to_be_attached()
-        heard = [word.lower().rstrip(".") for turn in await others[0].locator("#log .turn p").all_text_contents() for word in turn.split()]
+        heard = [
+            word.lower().rstrip(".")
+            for turn in await others[0].locator("#log .turn p").all_text_contents()
+            for word in turn.split()
+        ]
         assert heard == [f"w{n}" for n in range(len(heard))], "what came while it rested is there once"

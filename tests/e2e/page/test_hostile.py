@@ -37,9 +37,14 @@ NAME = "<img src=x onerror=alert(1)>.wav"
 
 
 async def test_nothing_in_a_transcript_is_ever_more_than_text(browser: Browser, tmp_path: Path) -> None:
-    turns = [ScriptedTurn(text=text, start_ms=i * 300, end_ms=i * 300 + 200, speaker="<b>A</b>") for i, text in enumerate(PAYLOADS)]
+    turns = [
+        ScriptedTurn(text=text, start_ms=i * 300, end_ms=i * 300 + 200, speaker="<b>A</b>")
+        for i, text in enumerate(PAYLOADS)
+    ]
     async with serving(tmp_path, speed=4, recogniser=Script(turns)) as service, screen(browser, service.url) as tab:
-        job = await service.kit.submit(tone_wav(7), filename=NAME, speaker_labels="true", metadata='{"<b>": "<script>alert(1)</script>"}')
+        job = await service.kit.submit(
+            tone_wav(7), filename=NAME, speaker_labels="true", metadata='{"<b>": "<script>alert(1)</script>"}'
+        )
         await tab.open(f"/jobs/{job.id}/view")
         await tab.of("#details-open").click()
         await tab.done()

@@ -1,5 +1,6 @@
 """The whole way of a file through the page, in a real browser."""
 
+import asyncio
 import importlib.util
 from pathlib import Path
 
@@ -61,11 +62,16 @@ async def test_every_word_is_shown_once_and_partials_give_way(browser: Browser, 
 
 
 async def test_a_header_problem_shows_before_a_byte_is_sent(browser: Browser, tmp_path: Path) -> None:
-    async with serving(tmp_path) as service, screen(browser, service.url, permissions=["clipboard-read", "clipboard-write"]) as tab:
+    async with (
+        serving(tmp_path) as service,
+        screen(browser, service.url, permissions=["clipboard-read", "clipboard-write"]) as tab,
+    ):
         await tab.open()
         await tab.choose("it's an interview.mp3", b"ID3" + bytes(3000))
         await tab.sees("#trouble", "This is an MP3")
-        command = r"ffmpeg -i 'it'\''s an interview.mp3' -ar 16000 -ac 1 -sample_fmt s16 'it'\''s an interview-mono.wav'"
+        command = (
+            r"ffmpeg -i 'it'\''s an interview.mp3' -ar 16000 -ac 1 -sample_fmt s16 'it'\''s an interview-mono.wav'"
+        )
         await expect(tab.of("#ffmpeg")).to_have_text(command)
         await expect(tab.of("#send")).to_be_hidden()
         await tab.of("#copy-ffmpeg").click()
@@ -74,7 +80,12 @@ async def test_a_header_problem_shows_before_a_byte_is_sent(browser: Browser, tm
         assert not any("filename=" in url for url in tab.requests)
         # What only the server can know is told in its words, with the same file ready to be sent again.
         await tab.choose("short.wav", tone_wav(1))
-        await tab.page.route("**/jobs?filename=*", lambda route: route.fulfill(status=429, json={"code": "queue_full", "detail": "9 jobs are waiting already."}))
+        await tab.page.route(
+            "**/jobs?filename=*",
+            lambda route: route.fulfill(
+                status=429, json={"code": "queue_full", "detail": "9 jobs are waiting already."}
+            ),
+        )
         await tab.of("#send").click()
         await tab.sees("#trouble", "9 jobs are waiting already.")
         await tab.page.unroute("**/jobs?filename=*")
@@ -86,7 +97,9 @@ async def test_stereo_is_asked_about_and_split_turns_say_their_channel(browser: 
     async with serving(tmp_path, recogniser=NumberedWords) as service, screen(browser, service.url) as tab:
         await tab.open()
         await tab.choose("call.wav", tone_wav(7, channels=2))
-        await tab.sees("#question-text", "Stereo: two channels. Mix them, take the first, or transcribe each on its own?")
+        await tab.sees(
+            "#question-text", "Stereo: two channels. Mix them, take the first, or transcribe each on its own?"
+        )
         await tab.page.get_by_label("Each on its own").check()
         await tab.of("#send").click()
         await tab.done()
@@ -95,7 +108,10 @@ async def test_stereo_is_asked_about_and_split_turns_say_their_channel(browser: 
 
 
 async def test_the_reader_may_scroll_up_and_come_back(browser: Browser, tmp_path: Path) -> None:
-    async with serving(tmp_path, speed=20) as service, screen(browser, service.url, viewport={"width": 900, "height": 480}) as tab:
+    async with (
+        serving(tmp_path, speed=20) as service,
+        screen(browser, service.url, viewport={"width": 900, "height": 480}) as tab,
+    ):
         await tab.send(marked_wav(120_000))
         at_end = "(box => box.scrollHeight - box.scrollTop - box.clientHeight < 30)(document.getElementById('reading'))"
         await tab.until("document.querySelectorAll('#log .turn').length > 14")
@@ -179,7 +195,8 @@ async def _download(tab: Screen, kind: str) -> tuple[str, str]:
     async with tab.page.expect_download() as waiting:
         await tab.of(f"#downloads [data-format={kind}]").click()
     download = await waiting.value
-    return download.suggested_filename, Path(await download.path()).read_bytes().decode("latin-1")
+    data = await asyncio.to_thread((await download.path()).read_bytes)
+    return download.suggested_filename, data.decode("latin-1")
 
 
 async def test_delete_asks_first(browser: Browser, tmp_path: Path) -> None:
@@ -208,5 +225,3 @@ async def test_the_list_of_jobs_is_searched(browser: Browser, tmp_path: Path) ->
         await tab.page.keyboard.press("Enter")
         await tab.page.keyboard.press("Enter")
         await tab.sees("#title", "stand-up monday.wav")
-
-
