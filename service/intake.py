@@ -1,8 +1,9 @@
 """What callers do to jobs: upload, cancel, retry, delete. FLOOR 3.
 
 `accept`: bytes → hash, WAV parser and blob store in one pass → one transaction with the job row and its first events
-→ doorbell. When it returns, audio and row survive a SIGKILL; when it raises, nothing of the upload is left. The
-worker that holds a job is told over the bus, and finds the same word in the database should the bus lose it.
+→ doorbell. When it returns, audio and row survive a SIGKILL; when it raises, nothing of the upload is left. An upload
+whose idempotency key has a job already is only read, to be compared. The worker that holds a job is told over the bus,
+and finds the same word in the database should the bus lose it.
 """
 
 import asyncio
@@ -12,8 +13,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from service.core.coverage import coverage
-from service.core.errors import CallerError
+from service.core.errors import CallerError, Unavailable
 from service.core.job import (
     CANCEL,
     DELETED,
@@ -31,11 +34,12 @@ from service.core.job import (
     make_event,
     may_become,
     rfc3339,
+    to_json,
 )
 from service.core.options import Options, clean_filename, parse_options
 from service.core.wav import WavInfo, WavParser, check_channels, warnings_for
 from service.ports import BlobStore, Bus, Clock, JobQueue
-from service.store import MAX_STRIKES, Record, Store, Write
+from service.store import MAX_STRIKES, Record, Store, Use, Write
 
 
 class Upload(Protocol):
@@ -55,6 +59,19 @@ class _Received:
     options: Options | None = None
     info: WavInfo | None = None
 
+    def fingerprint(self) -> str:
+        """Of the file's bytes and the options, whatever order these came in; a part's own file name is no option."""
+        options = msgspec.structs.replace(self.options, given=sorted(self.options.given)) if self.options else None
+        return hashlib.sha256(self.digest.digest() + to_json(options)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The job of an upload; `replayed`: one that the idempotency key had made before."""
+
+    job: Job
+    replayed: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class Intake:
@@ -69,6 +86,8 @@ class Intake:
     max_audio_s: float
     max_queue: int
     webhooks_enabled: bool
+    # Idempotency keys, with their owners, of uploads that this process is receiving.
+    receiving: set[tuple[str, str]] = field(default_factory=set)
 
     async def accept(
         self, upload: Upload, *, owner: str, query: Sequence[tuple[str, str]], raw_length: int | None
@@ -77,18 +96,60 @@ class Intake:
 
         Raises `CallerError`, `StorageFull`, `Unavailable`.
         """
+        return (await self._receive(upload, owner, query, raw_length, "")).job
+
+    async def accept_once(
+        self, upload: Upload, *, owner: str, query: Sequence[tuple[str, str]], raw_length: int | None, key: str
+    ) -> Accepted:
+        """Receive one upload, unless its idempotency key has a job already."""
+        use = await self.store.used(owner, key)
+        if use is not None:
+            received = _Received()
+            async for _ in self._checked(upload, query, received, raw_length):
+                pass
+            return await self._replay(use, received)
+        if (owner, key) in self.receiving:
+            raise CallerError(
+                "idempotency_in_progress",
+                "An upload with this Idempotency-Key is still being received; send this one again when it is over.",
+            )
+        self.receiving.add((owner, key))
+        try:
+            return await self._receive(upload, owner, query, raw_length, key)
+        finally:
+            self.receiving.discard((owner, key))
+
+    async def _receive(
+        self, upload: Upload, owner: str, query: Sequence[tuple[str, str]], raw_length: int | None, key: str
+    ) -> Accepted:
         await self._check_queue()
         job_id = new_id(self.clock.utc_ms())
         received = _Received()
         await self.blobs.put(job_id, self._checked(upload, query, received, raw_length))
         try:
             job, made, created_ms = self._make(job_id, upload, received)
-            await self.store.create(job, made, owner=owner, created_ms=created_ms)
+            use = await self.store.create(
+                job, made, owner=owner, created_ms=created_ms, key=key, fingerprint=received.fingerprint()
+            )
         except BaseException:
             await asyncio.shield(self.blobs.delete(job_id))
             raise
+        if use is not None:  # it was sent to another process too, which was first
+            await self.blobs.delete(job_id)
+            return await self._replay(use, received)
         await self.queue.announce(job_id, 0)
-        return job
+        return Accepted(job)
+
+    async def _replay(self, use: Use, received: _Received) -> Accepted:
+        if use.fingerprint != received.fingerprint():
+            raise CallerError(
+                "idempotency_mismatch",
+                "This Idempotency-Key came with another file or other options before; use another key for this one.",
+            )
+        record = await self.store.get(use.job_id)
+        if record is None:
+            raise Unavailable("The job of this Idempotency-Key was deleted just now. Send the upload again.")
+        return Accepted(record.job, replayed=True)
 
     async def _check_queue(self) -> None:
         depth, _ = await self.store.queue()

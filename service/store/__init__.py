@@ -22,12 +22,13 @@ from sqlalchemy.pool import StaticPool
 from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
-from service.store import outbox
+from service.store import idempotency, outbox, schema
+from service.store.idempotency import Use
 from service.store.reading import Reader, Record, record_of
 from service.store.schema import events, jobs, now_ms, said, turns, webhooks
 from service.store.writer import Writer
 
-__all__ = ["MAX_STRIKES", "Busy", "Record", "Store", "Write", "migrate", "open_store"]
+__all__ = ["MAX_STRIKES", "Busy", "Record", "Store", "Use", "Write", "migrate", "open_store"]
 
 MAX_STRIKES = 3
 
@@ -135,10 +136,16 @@ class Store(Reader):
 
     # --- by callers ---------------------------------------------------------------------------------------------------
 
-    async def create(self, job: Job, made: Sequence[Event], *, owner: str, created_ms: int) -> None:
-        """Commit a new job and its first events."""
+    async def create(
+        self, job: Job, made: Sequence[Event], *, owner: str, created_ms: int, key: str = "", fingerprint: str = ""
+    ) -> Use | None:
+        """Commit a new job and its first events, unless its idempotency key is in use: then nothing, but for what."""
+        use = Use(job.id, fingerprint)
 
-        async def run(connection: AsyncConnection) -> None:
+        async def run(connection: AsyncConnection) -> Use | None:
+            other = key and await idempotency.take(connection, self._insert_ignoring, owner, key, use)
+            if other:
+                return other
             row = {
                 "id": job.id, "owner": owner, "status": job.status, "created_ms": created_ms, "doc": to_json(job),
                 "epoch": 0, "lease_until_ms": 0, "not_before_ms": 0, "strikes": 0, "cancel_requested": False,
@@ -148,8 +155,9 @@ class Store(Reader):
             name = {"job_id": job.id, "idx": -1, "words": searchable(job.filename)}
             await connection.execute(self._insert_ignoring(said).on_conflict_do_nothing(), name)
             await self._append(connection, job, made)
+            return None
 
-        await self._writer.write(job.id, run)
+        return await self._writer.write(job.id, run)
 
     async def amend(self, job_id: str, change: Callable[[Record], Write | None]) -> Record | None:
         """Change a job nobody holds a claim on: `change` looks at it and says what to write, or None to leave it.
@@ -201,7 +209,7 @@ class Store(Reader):
         async def run(connection: AsyncConnection) -> bool:
             if (await connection.execute(delete(jobs).where(wanted))).rowcount == 0:
                 return False
-            for table in (events, turns, said, webhooks):
+            for table in (events, turns, said, webhooks, schema.idempotency, schema.peaks):
                 await connection.execute(delete(table).where(table.c.job_id == job_id))
             await outbox.doom(connection, self._insert_ignoring, job_id)
             return True

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.core.errors import Unavailable
 from service.core.job import Event, Job, Status, Turn, job_from_json, turn_from_json
 from service.core.words import words
+from service.store.idempotency import Use, lookup
 from service.store.schema import events, jobs, now_ms, said, turns
 
 T = TypeVar("T")
@@ -90,6 +91,11 @@ class Reader:
             return [await self._placed(connection, record_of(row)) for row in rows]
 
         return await self._read(run)
+
+    async def used(self, owner: str, key: str) -> Use | None:
+        """What an idempotency key stands for, if anything."""
+        rows = await self._rows(lookup(owner, key))
+        return Use(*rows[0]) if rows else None
 
     async def events_after(self, job_id: str, seq: int, limit: int = 100) -> Sequence[Event]:
         """The log of a job after `seq`, at most `limit` of it."""

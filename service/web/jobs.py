@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from service.core.errors import CallerError, TurnwireError
 from service.core.job import Job, Status, Turn, to_json
+from service.intake import Accepted
 from service.runtime import Runtime
 from service.store import Record
 from service.telemetry import metrics
@@ -31,6 +32,7 @@ from service.web.upload import ClientDisconnected, UploadBody
 MAX_UPLOADS = 128
 MAX_WAIT_SECONDS = 60
 JSON = "application/json"
+REPLAYED = "Idempotency-Replayed"
 
 router = APIRouter()
 
@@ -59,15 +61,24 @@ class TurnList(msgspec.Struct):
     summary="Upload a WAV",
     openapi_extra=UPLOAD,
     responses={
-        202: json_answer("Accepted and durable", "Job", headers=("Location",)),
+        202: json_answer("Accepted and durable", "Job", headers=("Location", REPLAYED)),
         200: {"description": f"With `Accept: {SSE}`: the job's own events", "content": {SSE: {}, NDJSON: {}}},
-        **problem_answers(400, 413, 415, 422, 429, 507),
+        **problem_answers(400, 409, 413, 415, 422, 429, 507),
     },
 )
-async def upload(request: Request, runtime: Services, owner: Owner) -> Response:
+async def upload(
+    request: Request,
+    runtime: Services,
+    owner: Owner,
+    idempotency_key: Annotated[
+        str | None,
+        Header(pattern=r"^[!-~]{1,255}$", description="Of several uploads with one key, within 24 h, one makes a job"),
+    ] = None,
+) -> Response:
     """The file is checked while it arrives; options are form fields or query parameters."""
-    job = await _accept(request, runtime, owner)
-    location = {"Location": job.links["self"]}
+    accepted = await _accept(request, runtime, owner, idempotency_key or "")
+    job = accepted.job
+    location = {"Location": job.links["self"]} | ({REPLAYED: "true"} if accepted.replayed else {})
     accept = request.headers.get("accept", "")
     if preferred(accept, (JSON, SSE, NDJSON)) in (SSE, NDJSON):
         return stream(runtime, job.id, accept, headers=location)
@@ -77,7 +88,7 @@ async def upload(request: Request, runtime: Services, owner: Owner) -> Response:
     return _json(job, 202, location)
 
 
-async def _accept(request: Request, runtime: Runtime, owner: str) -> Job:
+async def _accept(request: Request, runtime: Runtime, owner: str, key: str) -> Accepted:
     uploads: asyncio.Semaphore = request.app.state.uploads
     try:
         if uploads.locked():
@@ -86,18 +97,24 @@ async def _accept(request: Request, runtime: Runtime, owner: str) -> Job:
             )
         async with uploads:
             body = UploadBody(request.scope, request.receive, runtime.settings.max_upload_bytes)
-            job = await runtime.intake.accept(
-                body, owner=owner, query=request.query_params.multi_items(), raw_length=body.raw_length
-            )
+            query = request.query_params.multi_items()
+            if key:
+                accepted = await runtime.intake.accept_once(
+                    body, owner=owner, query=query, raw_length=body.raw_length, key=key
+                )
+            else:
+                accepted = Accepted(
+                    await runtime.intake.accept(body, owner=owner, query=query, raw_length=body.raw_length)
+                )
     except TurnwireError as exc:
         metrics.uploads.labels(result=exc.code).inc()
         raise
     except ClientDisconnected:
         metrics.uploads.labels(result="disconnected").inc()
         raise
-    metrics.uploads.labels(result="accepted").inc()
-    metrics.upload_bytes.inc(job.audio.bytes)
-    return job
+    metrics.uploads.labels(result="replayed" if accepted.replayed else "accepted").inc()
+    metrics.upload_bytes.inc(accepted.job.audio.bytes)
+    return accepted
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

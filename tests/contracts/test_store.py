@@ -16,14 +16,14 @@ import msgspec
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from service.core.errors import CallerError, Fenced, StorageFull, Unavailable
 from service.core.job import Claim, Event, Job, Status
-from service.store import MAX_STRIKES, Busy, Record, Store, Write, migrate, open_store
-from service.store.schema import metadata
+from service.store import MAX_STRIKES, Busy, Record, Store, Use, Write, migrate, open_store
+from service.store.schema import idempotency, metadata
 from tests.doubles import CREATED_MS, a_job, a_session, a_turn, add_job, an_event, append, start, until
 
 DATABASES = ["sqlite"]
@@ -98,6 +98,49 @@ async def test_a_creation_tried_again_is_one_job(store: Store) -> None:
     await add_job(store)
     assert await log(store) == [(1, "job.status")]
     assert len(await store.list(owner=None, limit=10)) == 1
+
+
+async def create_with_key(store: Store, job_id: str, key: str, fingerprint: str, owner: str = "") -> Use | None:
+    made = [an_event(job_id, 1, status="queued")]
+    return await store.create(a_job(job_id), made, owner=owner, created_ms=CREATED_MS, key=key, fingerprint=fingerprint)
+
+
+async def test_a_key_makes_one_job_per_owner_and_is_freed_with_it(store: Store) -> None:
+    assert await store.used("", "k") is None
+    assert await create_with_key(store, "j1", "k", "f") is None
+    assert await create_with_key(store, "j1", "k", "f") is None, "tried again, as the writer does"
+    assert await create_with_key(store, "j2", "k", "g") == Use("j1", "f") == await store.used("", "k")
+    assert await store.get("j2") is None
+    assert await log(store, "j2") == []
+    assert await create_with_key(store, "j3", "k", "f", owner="other") is None
+    assert await create_with_key(store, "j4", "K", "f") is None, "keys have a case"
+    await store.delete("j1")
+    assert await store.used("", "k") is None
+    assert await create_with_key(store, "j2", "k", "g") is None
+
+
+async def test_of_many_that_race_for_a_key_one_wins(store: Store) -> None:
+    others = await asyncio.gather(*(create_with_key(store, f"j{n}", "k", f"f{n}") for n in range(50)))
+    winners = [n for n, use in enumerate(others) if use is None]
+    assert len(winners) == 1
+    assert {use for use in others if use is not None} == {Use(f"j{winners[0]}", f"f{winners[0]}")}
+    assert [record.job.id for record in await store.list(owner=None, limit=100)] == [f"j{winners[0]}"]
+
+
+async def test_keys_expire(store: Store) -> None:
+    await create_with_key(store, "j1", "k1", "f")
+    await create_with_key(store, "j2", "k2", "f")
+
+    async def age(connection: AsyncConnection) -> None:
+        older = idempotency.c.expires_ms - 24 * 3600 * 1000
+        await connection.execute(update(idempotency).values(expires_ms=older))
+
+    await store._writer.write("", age)
+    assert await store.used("", "k1") is None
+    assert await create_with_key(store, "j3", "k1", "g") is None
+    assert await store.used("", "k1") == Use("j3", "g")
+    assert len(await store._rows(select(idempotency.c.key))) == 1, "what has expired is gone"
+    assert await store.get("j1") is not None
 
 
 async def test_the_list_is_newest_first_ties_by_id_and_paged_without_loss(store: Store) -> None:

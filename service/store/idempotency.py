@@ -1,0 +1,46 @@
+"""Idempotency keys: which job an upload with that key has become. FLOOR 2, part of the store.
+
+A key is taken in the transaction that creates its job, so one that is found has a job, and of two uploads that race
+for it one wins. Keys are per owner, live for `KEPT_SECONDS` on the database's clock, and go with their job; what has
+expired is removed by whoever takes the next key.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Select, delete, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.store.schema import idempotency, now_ms
+
+KEPT_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a key stands for: a job, and the fingerprint of the file and options that it was made of."""
+
+    job_id: str
+    fingerprint: str
+
+
+def lookup(owner: str, key: str) -> Select[tuple[str, str]]:
+    """The query for the use of a key."""
+    return select(idempotency.c.job_id, idempotency.c.fingerprint).where(
+        idempotency.c.owner == owner, idempotency.c.key == key, idempotency.c.expires_ms > now_ms()
+    )
+
+
+async def take(
+    connection: AsyncConnection, insert_ignoring: Callable[..., Any], owner: str, key: str, use: Use
+) -> Use | None:
+    """Take a key; None, or who has it. Whose commit is tried again has it already."""
+    await connection.execute(delete(idempotency).where(idempotency.c.expires_ms <= now_ms()))
+    row = {
+        "owner": owner, "key": key, "job_id": use.job_id, "fingerprint": use.fingerprint,
+        "expires_ms": now_ms() + KEPT_SECONDS * 1000,
+    }  # fmt: skip
+    await connection.execute(insert_ignoring(idempotency).values(row).on_conflict_do_nothing())
+    found = Use(*(await connection.execute(lookup(owner, key))).one())
+    return None if found == use else found
