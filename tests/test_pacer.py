@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.core.pacing import CATCH_UP, LAG, Schedule
@@ -32,6 +32,7 @@ class Calls:
         return self._again.pop(0) if self._again else None
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(-1, 5), min_size=1, max_size=30))
 def test_nobody_is_called_early_nor_more_than_a_tick_late(waits: list[float]) -> None:
     async def main() -> None:
@@ -49,6 +50,7 @@ def test_nobody_is_called_early_nor_more_than_a_tick_late(waits: list[float]) ->
     leaping(main())
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_a_stream_is_called_again_when_it_says_so(waits: list[float]) -> None:
     async def main() -> None:

@@ -29,6 +29,7 @@ class Desk:
     def __init__(self, store: Store, bus: MemoryBus, claim: Claim) -> None:
         self.recorder = Recorder(claim, store, bus, CLOCK)
         self.told: list[Event] = []
+        self.looking = False
 
     def bodies(self, *types: str) -> list[dict[str, Any]]:
         return [msgspec.json.decode(event.json) for event in self.told if not types or event.type in types]
@@ -52,10 +53,12 @@ async def recording(store: Store, *, claim: Claim | None = None, slow: bool = Fa
         async with bus.subscribe("events.j1") as subscription:
             while True:
                 event = await subscription.next()
+                desk.looking = True
                 if event.seq is not None:
                     kept = await store.newest_seq("j1")
                     assert kept is None or kept >= event.seq, "it was shown before it was kept"
                 desk.told.append(event)
+                desk.looking = False
 
     async with asyncio.timeout(20):
         listening = asyncio.create_task(listen())
@@ -65,8 +68,7 @@ async def recording(store: Store, *, claim: Claim | None = None, slow: bool = Fa
         desk.recorder.close()
         await (writing or desk.recorder.run())
         (subscription,) = bus._topics["events.j1"]
-        await until(lambda: not subscription._events)
-        await asyncio.sleep(0.01)
+        await until(lambda: listening.done() or not (subscription._events or desk.looking))
         listening.cancel()
         await asyncio.wait([listening])
         if not listening.cancelled():
