@@ -68,6 +68,7 @@ class Runtime:
     transcriber: Transcriber
     sweeper: Sweeper
     webhooks: Webhooks | None
+    token_secret: bytes
     draining: asyncio.Event
 
 
@@ -117,6 +118,7 @@ async def open_runtime(
                 retain_jobs_s=settings.retain_jobs, retain_audio_s=settings.retain_audio,
             ),
             webhooks=_webhooks(settings, store, clock),
+            token_secret=await _token_secret(settings, store),
             draining=asyncio.Event(),
         )  # fmt: skip
 
@@ -126,6 +128,12 @@ def _webhooks(settings: Settings, store: Store, clock: Clock) -> Webhooks | None
         return None
     secrets = [secret.get_secret_value() for secret in settings.webhook_secret]
     return Webhooks(store.outbox, clock, Caller(clock, settings.webhook_allow), secrets)
+
+
+async def _token_secret(settings: Settings, store: Store) -> bytes:
+    if settings.token_secret is not None:
+        return settings.token_secret.get_secret_value().encode()
+    return await store.keys.secret("job_tokens")
 
 
 def database_url(settings: Settings) -> str:

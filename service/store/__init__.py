@@ -22,7 +22,7 @@ from sqlalchemy.pool import StaticPool
 from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
-from service.store import idempotency, outbox, schema
+from service.store import idempotency, keys, outbox, schema
 from service.store.idempotency import Use
 from service.store.reading import Reader, Record, record_of
 from service.store.schema import events, jobs, now_ms, said, turns, webhooks
@@ -133,6 +133,7 @@ class Store(Reader):
         self._writer = writer
         self._insert_ignoring = insert_ignoring
         self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
+        self.keys = keys.Keys(self._rows, writer, insert_ignoring)
 
     # --- by callers ---------------------------------------------------------------------------------------------------
 

@@ -10,20 +10,21 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from service.runtime import Runtime
-from service.web import deliveries, documents, events, jobs, ops, pages, problems, transcripts
+from service.web import deliveries, documents, events, jobs, ops, pages, problems, tokens, transcripts
 from service.web.auth import Authenticator, Guard
 from service.web.edge import Edge, Linger
 
 
 def create_app(runtime: Runtime) -> ASGIApp:
     """The application that serves `runtime`."""
-    modules = (jobs, events, transcripts, deliveries, ops, documents, pages)
+    modules = (jobs, events, transcripts, tokens, deliveries, ops, documents, pages)
     routes = [route for module in modules for route in module.router.routes]
     app = FastAPI(routes=routes, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.runtime = runtime
     app.state.uploads = asyncio.Semaphore(jobs.MAX_UPLOADS)
+    app.state.tokens = tokens.Tokens(runtime.token_secret)
     problems.install(app)
     documents.install(app, routes)
     pages.install(app)
     authenticator = Authenticator(runtime.settings.api_keys)
-    return Edge(Linger(Guard(app, runtime.settings, authenticator)))
+    return Edge(Linger(Guard(app, runtime, authenticator, app.state.tokens)))

@@ -16,12 +16,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.settings import ApiKey, Settings, is_loopback
+from service.runtime import Runtime
+from service.settings import ApiKey, is_loopback
 from service.web.problems import problem
+from service.web.tokens import Tokens
 
 _OPEN = re.compile(r"/|/jobs/[^/]+/view|/healthz|/readyz|/docs|/openapi\.json|/asyncapi\.json|/page/.*")
 _PROBES = frozenset({"/healthz", "/readyz"})  # asked by an orchestrator, which calls a machine by its address
-_KEY_NAMES = frozenset({"api_key", "apikey", "api-key", "access_token"})
+_KEY_NAMES = frozenset({"key", "api_key", "apikey", "api-key", "access_token"})
+_JOB = re.compile(r"/jobs/([^/]+)(/.*)?")
 _METHODS = "GET, HEAD, POST, DELETE"
 _REQUEST_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, If-None-Match, If-Range, Last-Event-ID, Prefer, Range, X-Request-ID"
@@ -68,9 +71,12 @@ def _digest(key: str) -> bytes:
 class Guard:
     """Refuses, or hands on with `state.owner` set."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, authenticator: Authenticator) -> None:
+    def __init__(self, app: ASGIApp, runtime: Runtime, authenticator: Authenticator, tokens: Tokens) -> None:
         """`app` is served to those who may call."""
         self._app = app
+        self._clock = runtime.clock
+        self._tokens = tokens
+        settings = runtime.settings
         self._authenticator = authenticator
         self._origins = frozenset(settings.cors_origins)
         self._hosts = frozenset(settings.allowed_hosts)
@@ -120,17 +126,31 @@ class Guard:
         return is_loopback(name) or name in self._hosts
 
     def _key_in_url(self, scope: Scope) -> bool:
-        pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         return any(
-            name.lower() in _KEY_NAMES or self._authenticator.owner_of(value) is not None for name, value in pairs
+            name.lower() in _KEY_NAMES or self._authenticator.owner_of(value) is not None
+            for name, value in _query(scope)
         )
 
     async def _authenticated(self, scope: Scope) -> ASGIApp:
         owner = await self._authenticator.identify(scope)
-        if owner is None and not _OPEN.fullmatch(scope["path"]):
+        token_job = self._token_job(scope) if owner is None else None
+        if owner is None and token_job is None and not _OPEN.fullmatch(scope["path"]):
             return problem("unauthorized", "Send 'Authorization: Bearer <key>' with a key of this server.")
-        scope.setdefault("state", {})["owner"] = owner
+        scope.setdefault("state", {}).update(owner=owner, token_job=token_job)
         return self._app
+
+    def _token_job(self, scope: Scope) -> str | None:
+        """The job whose token came with a request to read that very job."""
+        path = _JOB.fullmatch(scope["path"])
+        given = [value for name, value in _query(scope) if name == "token"]
+        if path is None or scope["method"] != "GET" or len(given) != 1:
+            return None
+        job_id = self._tokens.job_of(given[0], self._clock.utc_ms())
+        return job_id if job_id == path[1] else None
+
+
+def _query(scope: Scope) -> list[tuple[str, str]]:
+    return parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:

@@ -34,10 +34,11 @@ Owner = Annotated[str, Depends(_owner)]
 JobId = Annotated[str, Path(description="The job's id, a UUID.", json_schema_extra={"format": "uuid"})]
 
 
-async def own_job(job_id: JobId, runtime: Services, owner: Owner) -> Record:
-    """The caller's job of that id."""
+async def own_job(request: Request, job_id: JobId, runtime: Services, owner: Owner) -> Record:
+    """The caller's job of that id, or the one that a token opens."""
     record = await runtime.store.get(job_id) if JOB_ID.fullmatch(job_id) else None
-    if record is None or record.owner != owner:
+    opened = request.scope["state"].get("token_job") == job_id
+    if record is None or not (opened or record.owner == owner):
         raise not_found()
     return record
 

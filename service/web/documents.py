@@ -19,12 +19,13 @@ from service.web.jobs import JobList, TurnList
 from service.web.ops import Readiness
 from service.web.problems import MEDIA_TYPE, Problem
 from service.web.schemas import EVENTS, Schema, components, event_schema, problem_answer
+from service.web.tokens import JobToken
 
 _ABOUT = """\
 Upload a WAV; it is streamed to AssemblyAI's Streaming API v3 at the pace it was recorded, its turns are relayed as
 server-sent events while they are spoken, and kept. Every error is `application/problem+json` (RFC 9457) with a stable
 `code`; every response carries `X-Request-ID`."""
-_STRUCTS = (Job, Turn, Partial, JobList, TurnList, Readiness, Problem)
+_STRUCTS = (Job, Turn, Partial, JobList, TurnList, Readiness, Problem, JobToken)
 _OPEN = frozenset({"/healthz", "/readyz"})
 
 router = APIRouter(include_in_schema=False)

@@ -775,7 +775,7 @@ async def test_what_is_there_when_migrating_can_be_searched(database: str) -> No
         held = await claim(store)
         await write(store, held, an_event("j1", 3), after=2, turns=[a_turn(0, text="Said before."), a_turn(1)])
     with sqlite3.connect(database.partition("///")[2]) as connection:
-        for table in ("said", "idempotency", "peaks"):
+        for table in ("said", "idempotency", "peaks", "api_keys", "own_secrets"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("UPDATE alembic_version SET version_num = '0002'")
     connection.close()
