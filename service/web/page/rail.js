@@ -2,10 +2,11 @@
 
 import { ask } from "./api.js";
 import { $, h, icon, say, show } from "./dom.js";
+import { TERMINAL } from "./job.js";
 import { clock, when } from "./words.js";
 
 const PAGE = 40;
-const BUSY_MS = 3000;
+const BUSY_MS = 5000;
 const CALM_MS = 15_000;
 const ICONS = { queued: "clock", processing: "wave", completed: "check", failed: "stop", canceled: "stop" };
 
@@ -60,7 +61,8 @@ export class Rail {
     } catch {
       // The view says when the server is away; the list stays as it was.
     }
-    const busy = this.#jobs.some(({ status }) => status === "queued" || status === "processing");
+    // The open job tells of itself.
+    const busy = this.#jobs.some(({ id, status }) => id !== this.currentId && !TERMINAL.has(status));
     if (!document.hidden && asked === this.#asked) this.#timer = setTimeout(() => this.refresh(), busy ? BUSY_MS : CALM_MS);
   }
 

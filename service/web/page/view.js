@@ -8,7 +8,7 @@ import { $, say, show } from "./dom.js";
 import { Follow, keepInView } from "./follow.js";
 import { placeAt } from "./heard.js";
 import { Inspector } from "./inspector.js";
-import { JobState } from "./job.js";
+import { JobState, TERMINAL } from "./job.js";
 import { Listening } from "./listening.js";
 import { Queue } from "./queue.js";
 import { blank, describe } from "./status.js";
@@ -150,9 +150,9 @@ export class View {
     this.#stream.start();
   }
 
-  /** The rail saw the job in another status than this page: it was retried elsewhere. */
+  /** The rail saw this job at work though it had ended here: it was retried elsewhere, or the list was older. */
   noticed(job) {
-    if (this.state?.id === job.id && this.state.terminal && job.status !== this.state.job.status) this.again();
+    if (this.state?.id === job.id && this.state.terminal && !TERMINAL.has(job.status)) this.#stream.start();
   }
 
   /** The network is back, a key is there, or the tab is seen again. */

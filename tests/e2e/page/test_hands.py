@@ -16,12 +16,6 @@ from tests.marked import marked_wav
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 KEY = "correct-horse-battery-staple"
-LOOKS: tuple[tuple[Literal["light", "dark"], int], ...] = (
-    ("dark", 390),
-    ("light", 390),
-    ("dark", 1280),
-    ("light", 1280),
-)
 FOCUSED = "document.activeElement.id || document.activeElement.className"
 
 
@@ -216,7 +210,16 @@ async def test_signing_in_keeps_the_key_in_the_tab_and_out_of_urls(browser: Brow
 # --- axe-core
 
 
-async def test_axe_finds_nothing_serious_in_any_state(browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "looks",
+    [
+        pytest.param([("dark", 390), ("light", 1280)], id="dark phone, light desk"),
+        pytest.param([("light", 390), ("dark", 1280)], id="light phone, dark desk", marks=pytest.mark.soak),
+    ],
+)
+async def test_axe_finds_nothing_serious_in_any_state(
+    browser: Browser, tmp_path: Path, looks: list[tuple[Literal["light", "dark"], int]]
+) -> None:
     spec = importlib.util.find_spec("axe_playwright_python")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("axe-core is not installed")
@@ -227,7 +230,7 @@ async def test_axe_finds_nothing_serious_in_any_state(browser: Browser, tmp_path
         screen(browser, service.url, reduced_motion="reduce") as tab,
     ):
         async for state in _states(tab):
-            for scheme, width in LOOKS:
+            for scheme, width in looks:
                 await tab.page.emulate_media(color_scheme=scheme)
                 await tab.page.set_viewport_size({"width": width, "height": 800})
                 assert await _axe(tab, axe) == [], f"{state}, {scheme}, {width} px"
