@@ -25,6 +25,7 @@ from service.settings import Settings, SettingsError
 from service.store import Store, migrate, open_store
 from service.telemetry import metrics
 from service.transcription import SessionGate, Transcriber
+from service.waveform import Waveforms
 from service.webhooks import Webhooks
 from service.webhooks.call import Caller
 
@@ -65,6 +66,7 @@ class Runtime:
     bus: Bus
     feed: Feed
     intake: Intake
+    waveforms: Waveforms
     transcriber: Transcriber
     sweeper: Sweeper
     webhooks: Webhooks | None
@@ -95,6 +97,8 @@ async def open_runtime(
             key = settings.assemblyai_api_key
             client = AssemblyAI(settings.upstream_url, key.get_secret_value() if key is not None else None)
             upstream = await stack.enter_async_context(client)
+        waveforms = Waveforms(store, blobs)
+        stack.push_async_callback(waveforms.close)
         yield Runtime(
             settings=settings,
             clock=clock,
@@ -108,6 +112,7 @@ async def open_runtime(
                 max_audio_s=settings.max_audio_hours * 3600, max_queue=settings.max_queue,
                 webhooks_enabled=bool(settings.webhook_secret),
             ),
+            waveforms=waveforms,
             transcriber=Transcriber(
                 store=store, bus=bus, blobs=blobs, upstream=upstream,
                 pacer=Pacer(clock, metrics.loop_lag.observe), clock=clock,

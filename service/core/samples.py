@@ -54,6 +54,12 @@ class Converter:
         return total
 
 
+def decode(encoding: str, data: bytes) -> _Samples:
+    """All samples of whole frames, channel after channel, in units of a 16-bit sample."""
+    dtype, decoder = _DECODERS[encoding]
+    return decoder(np.frombuffer(data, dtype))
+
+
 def _rounded(samples: _Samples) -> npt.NDArray[np.int16]:
     if samples.dtype == np.float64:
         samples = np.clip(np.rint(samples), -32_768, 32_767)

@@ -217,6 +217,17 @@ class Store(Reader):
 
         return await self._writer.write(job_id, run)
 
+    async def keep_peaks(self, job_id: str, doc: bytes) -> None:
+        """Keep the peaks of a job's audio, as long as that is kept."""
+        kept = select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.audio_kept).with_for_update()
+
+        async def run(connection: AsyncConnection) -> None:
+            if (await connection.execute(kept)).first() is not None:
+                row = {"job_id": job_id, "doc": doc}
+                await connection.execute(self._insert_ignoring(schema.peaks).on_conflict_do_nothing(), row)
+
+        await self._writer.write(job_id, run)
+
     # --- by workers: every write fenced -------------------------------------------------------------------------------
 
     async def claim(

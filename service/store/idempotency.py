@@ -25,7 +25,7 @@ class Use:
     fingerprint: str
 
 
-def lookup(owner: str, key: str) -> Select[tuple[str, str]]:
+def lookup(owner: str, key: str) -> Select[str, str]:
     """The query for the use of a key."""
     return select(idempotency.c.job_id, idempotency.c.fingerprint).where(
         idempotency.c.owner == owner, idempotency.c.key == key, idempotency.c.expires_ms > now_ms()
@@ -37,10 +37,11 @@ async def take(
 ) -> Use | None:
     """Take a key; None, or who has it. Whose commit is tried again has it already."""
     await connection.execute(delete(idempotency).where(idempotency.c.expires_ms <= now_ms()))
-    row = {
+    values = {
         "owner": owner, "key": key, "job_id": use.job_id, "fingerprint": use.fingerprint,
         "expires_ms": now_ms() + KEPT_SECONDS * 1000,
     }  # fmt: skip
-    await connection.execute(insert_ignoring(idempotency).values(row).on_conflict_do_nothing())
-    found = Use(*(await connection.execute(lookup(owner, key))).one())
+    await connection.execute(insert_ignoring(idempotency).values(values).on_conflict_do_nothing())
+    row = (await connection.execute(lookup(owner, key))).one()
+    found = Use(row[0], row[1])
     return None if found == use else found

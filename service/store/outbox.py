@@ -16,7 +16,7 @@ from sqlalchemy import and_, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.core.job import TERMINAL_EVENTS, Event, Job, rfc3339, to_json
-from service.store.schema import doomed_audio, events, jobs, now_ms, webhooks
+from service.store.schema import doomed_audio, events, jobs, now_ms, peaks, webhooks
 from service.store.writer import Writer
 
 LEASE_SECONDS = 30.0  # longer than an attempt and the writing down of what came of it
@@ -193,6 +193,7 @@ class Outbox:
         async def run(connection: AsyncConnection) -> bool:
             if (await connection.execute(update(jobs).where(ended).values(audio_kept=False))).rowcount == 0:
                 return False
+            await connection.execute(delete(peaks).where(peaks.c.job_id == job_id))
             await doom(connection, self._insert_ignoring, job_id)
             return True
 

@@ -18,7 +18,7 @@ from service.core.errors import Unavailable
 from service.core.job import Event, Job, Status, Turn, job_from_json, turn_from_json
 from service.core.words import words
 from service.store.idempotency import Use, lookup
-from service.store.schema import events, jobs, now_ms, said, turns
+from service.store.schema import events, jobs, now_ms, peaks, said, turns
 
 T = TypeVar("T")
 
@@ -96,6 +96,11 @@ class Reader:
         """What an idempotency key stands for, if anything."""
         rows = await self._rows(lookup(owner, key))
         return Use(*rows[0]) if rows else None
+
+    async def peaks(self, job_id: str) -> bytes | None:
+        """The peaks of its audio, if they are kept."""
+        rows = await self._rows(select(peaks.c.doc).where(peaks.c.job_id == job_id))
+        return rows[0][0] if rows else None
 
     async def events_after(self, job_id: str, seq: int, limit: int = 100) -> Sequence[Event]:
         """The log of a job after `seq`, at most `limit` of it."""

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from service.core.job import Job, Partial, Turn
+from service.core.peaks import Peaks
 from service.web.docs import DOCS_POLICY, render_docs
 from service.web.jobs import JobList, TurnList
 from service.web.ops import Readiness
@@ -25,7 +26,7 @@ _ABOUT = """\
 Upload a WAV; it is streamed to AssemblyAI's Streaming API v3 at the pace it was recorded, its turns are relayed as
 server-sent events while they are spoken, and kept. Every error is `application/problem+json` (RFC 9457) with a stable
 `code`; every response carries `X-Request-ID`."""
-_STRUCTS = (Job, Turn, Partial, JobList, TurnList, Readiness, Problem, JobToken)
+_STRUCTS = (Job, Turn, Partial, JobList, TurnList, Peaks, Readiness, Problem, JobToken)
 _OPEN = frozenset({"/healthz", "/readyz"})
 
 router = APIRouter(include_in_schema=False)

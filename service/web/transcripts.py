@@ -1,4 +1,4 @@
-"""What a job leaves: its transcript in four formats, at any time, and the audio it was made from. FLOOR 5.
+"""What a job leaves: its transcript in four formats, at any time, the audio it was made from and its peaks. FLOOR 5.
 
 Turns are read page by page and rendered in a thread: a transcript of twelve hours must not hold up the streams.
 Audio is read in pieces, never whole, and served as an attachment only, so that nothing uploaded is ever shown by a
@@ -22,7 +22,7 @@ from service.runtime import Runtime
 from service.web.context import OwnJob, Services, has_etag, preferred
 from service.web.edge import is_head
 from service.web.problems import not_found, problem
-from service.web.schemas import problem_answers
+from service.web.schemas import json_answer, problem_answers
 
 PAGE = 200
 PIECE = 256 * 1024
@@ -131,6 +131,18 @@ def _part(header: str, size: int) -> range | None:
         return range(max(0, size - int(match[2])), size)
     first, last = int(match[1]), int(match[2] or size - 1)
     return None if match[2] and last < first else range(first, min(last + 1, size))
+
+
+@router.get(
+    "/jobs/{job_id}/peaks",
+    summary="The outline of the audio",
+    response_class=Response,
+    responses={200: json_answer("At most 2,000 peaks, to draw a waveform", "Peaks"), **problem_answers(404, 410)},
+)
+async def peaks(record: OwnJob, runtime: Services) -> Response:
+    """Lowest and highest sample of each stretch, over all channels; computed once."""
+    doc = await runtime.waveforms.peaks(record.job.id)
+    return Response(doc, headers={"Cache-Control": "private, no-cache"}, media_type="application/json")
 
 
 async def _read(blobs: BlobStore, job_id: str, wanted: range) -> AsyncIterator[bytes]:

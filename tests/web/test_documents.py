@@ -40,6 +40,8 @@ SIMPLE: dict[str, Callable[[Any, Any], bool]] = {
     "enum": lambda value, told: value in told,
     "const": lambda value, told: bool(value == told),
     "minimum": lambda value, told: bool(value >= told),
+    "minItems": lambda value, told: len(value) >= told,
+    "maxItems": lambda value, told: len(value) <= told,
     "required": lambda value, told: set(told) <= set(value),
 } | dict.fromkeys(("title", "description", "examples", "default", "format"), lambda value, told: True)
 
@@ -120,7 +122,7 @@ async def test_openapi_is_whole(idle: Served) -> None:
                     assert list(answer["content"]) == ["application/problem+json"], f"{where} {status}"
     assert len(ids) == sum(len(operations) for operations in document["paths"].values())
     promised = ["/jobs", "/jobs/{job_id}", "/jobs/{job_id}/events", "/jobs/{job_id}/turns", "/jobs/{job_id}/transcript", "/jobs/{job_id}/audio",
-                "/jobs/{job_id}/cancel", "/jobs/{job_id}/retry", "/healthz", "/readyz", "/metrics"]  # fmt: skip
+                "/jobs/{job_id}/peaks", "/jobs/{job_id}/cancel", "/jobs/{job_id}/retry", "/healthz", "/readyz", "/metrics"]  # fmt: skip
     assert set(promised) <= set(document["paths"])
     schemas = document["components"]["schemas"]
     assert "HTTPValidationError" not in schemas
@@ -174,6 +176,7 @@ async def test_real_output_is_what_is_told(tmp_path: Path) -> None:
         check((await served.http.get(f"/jobs/{job['id']}")).json(), of("Job"), openapi)
         check((await served.http.get("/jobs")).json(), of("JobList"), openapi)
         check((await served.http.get(f"/jobs/{job['id']}/turns")).json(), of("TurnList"), openapi)
+        check((await served.http.get(f"/jobs/{job['id']}/peaks")).json(), of("Peaks"), openapi)
         check((await served.http.get("/readyz")).json(), of("Readiness"), openapi)
         check((await served.http.get("/nowhere")).json(), of("Problem"), openapi)
 

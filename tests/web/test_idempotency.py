@@ -63,7 +63,7 @@ async def test_the_same_again_is_the_job_as_it_is_now(idle: Served) -> None:
 async def test_other_options_do_not_fit(idle: Served, query: dict[str, str]) -> None:
     await post(idle, "options")
     before = await count(idle)
-    refused(await post(idle, "options", **query), "idempotency_mismatch")
+    refused(await post(idle, "options", FILE, **query), "idempotency_mismatch")
     assert await count(idle) == before
 
 
