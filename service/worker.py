@@ -6,10 +6,12 @@ every job that waits and that nobody rang for: the doorbell may fail, the table 
 """
 
 import asyncio
+import contextlib
 from contextlib import AsyncExitStack
 
 import structlog
 
+from service.core.errors import TurnwireError
 from service.core.job import Claim, channels
 from service.intake import begin_claim
 from service.ports import Delivery
@@ -87,7 +89,8 @@ class Worker:
             lease_s=LEASE_SECONDS,
             begin=lambda record, strikes: begin_claim(runtime.clock, record, strikes),
         )
-        await runtime.intake.tell_newest(delivery.job_id)
+        with contextlib.suppress(TurnwireError):  # followers find it in the log; the claim must not be dropped for it
+            await runtime.intake.tell_newest(delivery.job_id)
         if isinstance(claim, Busy):
             await delivery.give_back(claim.seconds + 0.5)
         elif claim is None:
