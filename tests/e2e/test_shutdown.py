@@ -64,7 +64,7 @@ async def test_a_stop_with_twenty_jobs_and_clients_that_never_read(tmp_path: Pat
     async with serving(tmp_path) as (service, sandbox), contextlib.AsyncExitStack() as stack:
         long_log = await a_job_with_a_long_log(service)
         await service.start()
-        jobs = await asyncio.gather(*(upload(service, marked_wav(12_000)) for _ in range(JOBS)))
+        jobs = await asyncio.gather(*(upload(service, marked_wav(8_000)) for _ in range(JOBS)))
         followers = [Follower(service, job["id"]).begin() for job in jobs]
         paths = [f"/jobs/{long_log}/events"] * DEAF + [f"/jobs/{job['id']}/events" for job in jobs[:DEAF]]
         for path in paths:
@@ -289,7 +289,7 @@ async def test_a_log_that_nobody_reads_blocks_nothing(tmp_path: Path) -> None:
             assert before > 3000, "the pipe is full"
             jobs = [await upload(service, marked_wav(2400)) for _ in range(4)]
             followers = [Follower(service, job["id"]).begin() for job in jobs]
-            for _ in range(6000):
+            for _ in range(5200):
                 assert (await client.get("/healthz")).status_code == 200
             for follower in followers:
                 await follower.done()
