@@ -126,13 +126,17 @@ class Intake:
         job_id = new_id(self.clock.utc_ms())
         received = _Received()
         await self.blobs.put(job_id, self._checked(upload, query, received, raw_length))
+        # A client that leaves from here on has a job all the same: its row may be on the disk already.
+        return await asyncio.shield(asyncio.create_task(self._keep(job_id, upload, owner, received, key)))
+
+    async def _keep(self, job_id: str, upload: Upload, owner: str, received: _Received, key: str) -> Accepted:
         try:
             job, made, created_ms = self._make(job_id, upload, received)
             use = await self.store.create(
                 job, made, owner=owner, created_ms=created_ms, key=key, fingerprint=received.fingerprint()
             )
         except BaseException:
-            await asyncio.shield(self.blobs.delete(job_id))
+            await self.blobs.delete(job_id)
             raise
         if use is not None:  # it was sent to another process too, which was first
             await self.blobs.delete(job_id)
@@ -226,7 +230,8 @@ class Intake:
 
         record = await self._amend(job_id, change)
         if record is not None and record.job.status == Status.PROCESSING:
-            await self.store.request_cancel(job_id)
+            if not await self.store.request_cancel(job_id):
+                return await self.cancel(job_id)  # it was handed back, or it ended, a moment ago
             await self.bus.publish(f"control.{job_id}", hint(job_id, CANCEL))
         return record
 
@@ -291,8 +296,13 @@ class Change(Protocol):
 
 
 def begin_claim(clock: Clock, record: Record, strikes: int) -> tuple[Job, list[Event]]:
-    """What a claim makes of a job: processing, or failed when too many claims died on it."""
+    """What a claim makes of a job: processing, or canceled if that was asked of the worker before, or failed when too
+    many claims died on it.
+    """
     job, now, seq = record.job, clock.utc_ms(), record.event_seq
+    if record.cancel_requested:
+        _end(record, Status.CANCELED, now)
+        return job, [make_event(job.id, seq + 1, "job.canceled", now, {"job": job})]
     if strikes >= MAX_STRIKES:
         _end(record, Status.FAILED, now)
         job.error = Failure(

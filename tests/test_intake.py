@@ -207,7 +207,6 @@ async def test_without_a_database_nothing_of_the_upload_is_left(office: Office, 
     assert await office.nothing_left()
 
 
-@pytest.mark.xfail(reason="accept deletes the audio of a row that is being committed", strict=True)
 async def test_an_upload_cancelled_at_any_moment_is_there_whole_or_not_at_all(office: Office) -> None:
     for n in range(60):
         accepting = asyncio.create_task(office.accept())
@@ -255,7 +254,6 @@ async def test_a_running_job_is_asked_over_the_bus_and_in_the_database(office: O
     assert await office.store.renew(held, lease_s=60, job=None)
 
 
-@pytest.mark.xfail(reason="cancel looks at the job and leaves word in two transactions", strict=True)
 async def test_a_cancel_is_never_lost_to_a_job_being_handed_back(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,22 @@ async def test_a_job_whose_worker_died_goes_on_from_its_last_final(tmp_path: Pat
         assert (await job_of(kit, job.id)).attempt == 2
 
 
+async def test_a_cancel_outlives_the_worker_it_was_asked_of(tmp_path: Path) -> None:
+    stack = AsyncExitStack()
+    kit = await stack.enter_async_context(running(tmp_path))
+    job = await kit.submit(marked_wav(DURATION_MS))
+    await kit.follow(job.id, until="turn.final")
+    for task in asyncio.all_tasks():
+        if task.get_name() == "heartbeat":
+            task.cancel()
+    assert await kit.runtime.store.request_cancel(job.id)
+    await crash(stack, kit)
+    async with running(tmp_path) as kit:
+        events = await kit.follow(job.id)
+        assert events[-1]["type"] == "job.canceled"
+        assert kit.sandbox.sessions == []
+
+
 async def test_a_job_that_kills_its_worker_again_and_again_fails(tmp_path: Path) -> None:
     job_id = ""
     for attempt in range(3):

@@ -364,7 +364,6 @@ async def test_a_job_handed_back_is_queued_and_waits_its_time(store: Store) -> N
     assert 25 < busy.seconds <= 30
 
 
-@pytest.mark.xfail(reason="release does not discard what finish does", strict=True)
 async def test_a_job_handed_back_shows_no_partial_after_it_is_queued(store: Store) -> None:
     async with recording(store, slow=True) as desk:
         desk.recorder.stage(Stage.STREAMING)

@@ -146,14 +146,14 @@ class Recorder:
         self.job.coverage = coverage
         self.job.error = error
         self.job.finished_at = rfc3339(self._clock.utc_ms())
-        self._partials.clear()
-        self._current.clear()
         self._event(f"job.{status}", {"job": self.job})
 
     def _become(self, status: Status) -> None:
         assert may_become(self.job.status, status), f"{self.job.status} -> {status}"
         self.job.status = status
         self.job.stage = None
+        self._partials.clear()
+        self._current.clear()
 
     def _event(self, kind: str, payload: dict[str, Any]) -> None:
         self._seq += 1
