@@ -8,7 +8,7 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from service.ports import BlobStore, Bus, Clock, JobQueue, Upstream
 from service.retention import Sweeper
 from service.settings import Settings, SettingsError
 from service.store import Store, migrate, open_store
+from service.store.keys import StoredKey
 from service.telemetry import metrics
 from service.transcription import SessionGate, Transcriber
 from service.waveform import Waveforms
@@ -71,6 +72,7 @@ class Runtime:
     sweeper: Sweeper
     webhooks: Webhooks | None
     token_secret: bytes
+    stored_keys: Sequence[StoredKey]  # as they were when it was opened
     draining: asyncio.Event
 
 
@@ -124,6 +126,7 @@ async def open_runtime(
             ),
             webhooks=_webhooks(settings, store, clock),
             token_secret=await _token_secret(settings, store),
+            stored_keys=await store.keys.all(),
             draining=asyncio.Event(),
         )  # fmt: skip
 

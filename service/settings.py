@@ -313,6 +313,8 @@ def check_upstream(settings: Settings) -> None:
 
 def check_bind(settings: Settings, *, stored_keys: bool) -> None:
     """What listening needs; `stored_keys`: whether the database holds an API key. Raises `SettingsError`."""
+    if stored_keys and settings.auth == "none":
+        raise SettingsError("TURNWIRE_AUTH=none contradicts stored API keys; unset it, or `turnwire keys revoke` them")
     if not (stored_keys or settings.api_keys or settings.auth == "none" or is_loopback(settings.host)):
         raise SettingsError(
             f"TURNWIRE_HOST: without API keys only loopback is served, not {settings.host}; "

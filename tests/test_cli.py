@@ -30,6 +30,9 @@ COMMANDS = [
     ["jobs", "cancel"],
     ["jobs", "retry"],
     ["jobs", "rm"],
+    ["keys", "create"],
+    ["keys", "ls"],
+    ["keys", "revoke"],
 ]
 
 
@@ -59,7 +62,7 @@ def problem(*arguments: str, code: int = 2) -> str:
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["jobs"], *COMMANDS], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["jobs"], ["keys"], *COMMANDS], ids=" ".join)
 def test_help_has_examples(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0

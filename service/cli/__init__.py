@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from service.cli import doctor, jobs, serving, transcribe
+from service.cli import doctor, jobs, keys, serving, transcribe
 from service.cli.terminal import CommandError, say
 
 
@@ -82,6 +82,7 @@ app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
 app.command(cls=serving.SandboxCommand)(serving.sandbox)
 app.command(epilog=serving.MIGRATE_EXAMPLES)(serving.migrate)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(keys.app, name="keys")
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 

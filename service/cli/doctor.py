@@ -5,9 +5,11 @@ session is opened, no key is sent, nothing is charged.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import shutil
+import sqlite3
 import ssl
 import sys
 import tempfile
@@ -82,11 +84,19 @@ def _settings(settings: "Settings") -> Finding:
     from service.settings import SettingsError, check_bind, check_upstream
 
     try:
-        check_bind(settings, stored_keys=False)
+        check_bind(settings, stored_keys=_has_stored_keys(settings.data_dir))
         check_upstream(settings)
     except SettingsError as exc:
         return Finding(WRONG, "settings", str(exc))
     return Finding(OK, "settings", "well-formed")
+
+
+def _has_stored_keys(data_dir: Path) -> bool:
+    with contextlib.suppress(sqlite3.Error):  # what is wrong with the database is told by itself
+        connection = sqlite3.connect(f"{(data_dir.resolve() / 'turnwire.db').as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(connection):
+            return connection.execute("SELECT 1 FROM api_keys LIMIT 1").fetchone() is not None
+    return False
 
 
 def _data_directory(settings: "Settings") -> Iterator[Finding]:

@@ -135,7 +135,7 @@ def migrate() -> None:
 
 
 async def _serve(settings: "Settings", *, with_sandbox: bool) -> None:
-    from service.settings import check_bind, check_upstream
+    from service.settings import check_upstream
     from service.telemetry import configure_logging
 
     configure_logging(settings.log_format, settings.log_level)
@@ -143,7 +143,6 @@ async def _serve(settings: "Settings", *, with_sandbox: bool) -> None:
         upstream = urlsplit(settings.upstream_url).netloc
         if with_sandbox:
             settings, upstream = await _with_sandbox(settings, stack), "the sandbox"
-        check_bind(settings, stored_keys=False)
         check_upstream(settings)
         server, worker = await _open(settings, stack)
         say(f"Turnwire serves {server.url}, data in {settings.data_dir.resolve()}, transcribed by {upstream}")
@@ -163,11 +162,13 @@ async def _with_sandbox(settings: "Settings", stack: AsyncExitStack) -> "Setting
 
 async def _open(settings: "Settings", stack: AsyncExitStack) -> "tuple[HttpServer, Worker]":
     from service.runtime import open_runtime
+    from service.settings import check_bind
     from service.web.app import create_app
     from service.web.server import HttpServer
     from service.worker import start_worker
 
     runtime = await stack.enter_async_context(open_runtime(settings))
+    check_bind(settings, stored_keys=bool(runtime.stored_keys))
     worker = await start_worker(runtime, stack)
     try:
         server = HttpServer(runtime, create_app(runtime))

@@ -26,5 +26,5 @@ def create_app(runtime: Runtime) -> ASGIApp:
     problems.install(app)
     documents.install(app, routes)
     pages.install(app)
-    authenticator = Authenticator(runtime.settings.api_keys)
+    authenticator = Authenticator(runtime.settings.api_keys, runtime.stored_keys, runtime.store.keys.all)
     return Edge(Linger(Guard(app, runtime, authenticator, app.state.tokens)))

@@ -6,18 +6,23 @@ judged on the raw scope: what is authorised is what is routed. No cookies, hence
 on.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.core.errors import TurnwireError
 from service.runtime import Runtime
 from service.settings import ApiKey, is_loopback
+from service.store.keys import StoredKey, key_id
 from service.web.problems import problem
 from service.web.tokens import Tokens
 
@@ -25,6 +30,8 @@ _OPEN = re.compile(r"/|/jobs/[^/]+/view|/healthz|/readyz|/docs|/openapi\.json|/a
 _PROBES = frozenset({"/healthz", "/readyz"})  # asked by an orchestrator, which calls a machine by its address
 _KEY_NAMES = frozenset({"key", "api_key", "apikey", "api-key", "access_token"})
 _JOB = re.compile(r"/jobs/([^/]+)(/.*)?")
+REFRESH_SECONDS = 2.0
+Stored = Awaitable[Sequence[StoredKey]]
 _METHODS = "GET, HEAD, POST, DELETE"
 _REQUEST_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, If-None-Match, If-Range, Last-Event-ID, Prefer, Range, X-Request-ID"
@@ -36,24 +43,43 @@ _RESPONSE_HEADERS = (
 
 
 class Authenticator:
-    """Knows the API keys, by their SHA-256 only."""
+    """Knows the API keys, by their SHA-256 only: those of the settings, and the stored ones as they were of late."""
 
-    def __init__(self, keys: Sequence[ApiKey]) -> None:
-        """Without any key everybody is let in, in the name of nobody."""
+    def __init__(
+        self, keys: Sequence[ApiKey], stored: Sequence[StoredKey] = (), read: Callable[[], Stored] | None = None
+    ) -> None:
+        """Without any key everybody is let in, in the name of nobody; `read` reads the stored ones again."""
         self._keys = [(_digest(key.key.get_secret_value()), key.name) for key in keys]
+        self._read = read
+        self._read_at = time.monotonic()
+        self._stored: dict[str, StoredKey] = {}
+        self.needed = bool(self._keys)
+        self._know(stored)
 
-    @property
-    def needed(self) -> bool:
-        """Whether a key is asked for."""
-        return bool(self._keys)
+    def _know(self, stored: Sequence[StoredKey]) -> None:
+        """Where a key was needed one stays needed: who revokes the last one does not mean to let everybody in."""
+        self._stored = {key.id: key for key in stored}
+        self.needed = self.needed or bool(stored)
+
+    async def refresh(self) -> None:
+        """Read the stored keys again if that was long ago; while the database is away they stay as they are."""
+        now = time.monotonic()
+        if self._read is not None and now - self._read_at >= REFRESH_SECONDS:
+            self._read_at = now  # one request at a time waits for it
+            with contextlib.suppress(TurnwireError, TimeoutError):
+                async with asyncio.timeout(1):
+                    self._know(await self._read())
 
     def owner_of(self, key: str) -> str | None:
-        """The name of a key. Every key is compared, in constant time, whatever is found."""
+        """The name of a key. Every key of the settings is compared, whatever is found, and all in constant time."""
         digest = _digest(key)
         found = None
         for known, name in self._keys:
             if hmac.compare_digest(known, digest):
                 found = name
+        stored = self._stored.get(key_id(key) or "")
+        if stored is not None and hmac.compare_digest(stored.sha256, digest):
+            found = stored.name
         return found
 
     async def identify(self, scope: Scope) -> str | None:
@@ -80,12 +106,12 @@ class Guard:
         self._authenticator = authenticator
         self._origins = frozenset(settings.cors_origins)
         self._hosts = frozenset(settings.allowed_hosts)
-        self._only_here = not authenticator.needed and settings.auth is None
-        self._check_host = self._only_here or bool(self._hosts)
-        self._check_origin = not authenticator.needed
+        self._open_to_all = settings.auth is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        if scope["path"] not in _PROBES:
+            await self._authenticator.refresh()
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if self._origins:
@@ -107,16 +133,18 @@ class Guard:
 
     def _forbidden(self, scope: Scope, headers: Headers) -> Response | None:
         host = headers.get("host", "")
-        exempt = scope["path"] in _PROBES and not self._only_here
-        if self._check_host and not exempt and not self._serves(headers.getlist("host")):
+        only_here = not self._authenticator.needed and not self._open_to_all
+        exempt = scope["path"] in _PROBES and not only_here
+        if (only_here or self._hosts) and not exempt and not self._serves(headers.getlist("host")):
             return problem(
                 "forbidden_origin",
                 f"The host {_shown(host)} is not served; TURNWIRE_ALLOWED_HOSTS lists those that are.",
             )
         origin = headers.get("origin")
-        if self._check_origin and origin is not None and origin not in self._origins and not _same(origin, host):
+        foreign = origin is not None and origin not in self._origins and not _same(origin, host)
+        if foreign and not self._authenticator.needed:
             hint = "TURNWIRE_CORS_ORIGINS lists the origins that may call"
-            return problem("forbidden_origin", f"Pages of {_shown(origin)} may not call this server; {hint}.")
+            return problem("forbidden_origin", f"Pages of {_shown(origin or '')} may not call this server; {hint}.")
         return None
 
     def _serves(self, hosts: Sequence[str]) -> bool:
