@@ -202,7 +202,7 @@ async def test_a_cancel_outlives_the_worker_it_was_asked_of(tmp_path: Path) -> N
 
 
 async def begun(kit: Kit, job_id: str, times: int) -> None:
-    """Wait for the start of a job's so-manieth session."""
+    """Wait until a job has begun that many sessions."""
     async with aclosing(kit.runtime.feed.follow(job_id)) as events:
         async for event in events:
             times -= event.type == "session.begin"
@@ -323,7 +323,7 @@ async def test_one_channel_refused_ends_the_other_with_what_it_said(tmp_path: Pa
         assert job.error.code == "upstream_auth"
         other = next(session for session in kit.sandbox.sessions if session.error is None)
         assert other.ended_by == "terminated"
-        assert {len(spoken(events, channel=0)) >= 4, len(spoken(events, channel=1)) >= 4} == {True}
+        assert all(len(spoken(events, channel=channel)) >= 4 for channel in (0, 1))
 
 
 async def test_mix_and_first_send_one_stream(tmp_path: Path) -> None:
