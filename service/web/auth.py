@@ -23,12 +23,14 @@ from service.core.errors import TurnwireError
 from service.runtime import Runtime
 from service.settings import ApiKey, is_loopback
 from service.store.keys import StoredKey, key_id
+from service.web.limits import Limits
 from service.web.problems import problem
 from service.web.tokens import Tokens
 
 _OPEN = re.compile(r"/|/jobs/[^/]+/view|/healthz|/readyz|/docs|/openapi\.json|/asyncapi\.json|/page/.*")
 _PROBES = frozenset({"/healthz", "/readyz"})  # asked by an orchestrator, which calls a machine by its address
 _KEY_NAMES = frozenset({"key", "api_key", "apikey", "api-key", "access_token"})
+_EVENTS = re.compile(r"/jobs/[^/]+/events")
 _JOB = re.compile(r"/jobs/([^/]+)(/.*)?")
 REFRESH_SECONDS = 2.0
 Stored = Awaitable[Sequence[StoredKey]]
@@ -102,6 +104,7 @@ class Guard:
         self._app = app
         self._clock = runtime.clock
         self._tokens = tokens
+        self._limits = Limits()
         settings = runtime.settings
         self._authenticator = authenticator
         self._origins = frozenset(settings.cors_origins)
@@ -162,10 +165,14 @@ class Guard:
     async def _authenticated(self, scope: Scope) -> ASGIApp:
         owner = await self._authenticator.identify(scope)
         token_job = self._token_job(scope) if owner is None else None
+        caller = f"key:{owner}" if owner else f"job:{token_job}" if token_job else f"peer:{(scope['client'] or '?')[0]}"
+        wait = 0 if scope["path"] in _PROBES else self._limits.wait_for(caller)
+        if wait > 0:
+            return problem("rate_limited", "Too many requests; slow down.", {"Retry-After": str(wait)})
         if owner is None and token_job is None and not _OPEN.fullmatch(scope["path"]):
             return problem("unauthorized", "Send 'Authorization: Bearer <key>' with a key of this server.")
         scope.setdefault("state", {}).update(owner=owner, token_job=token_job)
-        return self._app
+        return self._limits.streaming(caller, self._app) if _EVENTS.fullmatch(scope["path"]) else self._app
 
     def _token_job(self, scope: Scope) -> str | None:
         """The job whose token came with a request to read that very job."""

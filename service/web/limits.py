@@ -1,0 +1,55 @@
+"""How much one caller may ask at once: requests per second, and event streams open. FLOOR 5.
+
+A caller is the name of a key, a token's job, or else an address. The bounds are wide: they stop what has gone wild
+and slow nobody who is at work, a thousand streams that all come back at once included.
+"""
+
+import math
+import time
+from collections import Counter, OrderedDict
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.web.problems import problem
+
+PER_SECOND, BURST = 200.0, 4000.0
+MAX_STREAMS = 4000
+MAX_CALLERS = 10_000  # remembered; who is forgotten begins anew
+
+
+class Limits:
+    """What each caller has used."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._streams: Counter[str] = Counter()
+
+    def wait_for(self, caller: str) -> int:
+        """Count a request; 0, or the seconds after which it may be made."""
+        now = time.monotonic()
+        left, at = self._left.pop(caller, (BURST, now))
+        left = min(BURST, left + (now - at) * PER_SECOND)
+        allowed = left >= 1
+        self._left[caller] = (left - 1 if allowed else left, now)
+        if len(self._left) > MAX_CALLERS:
+            self._left.popitem(last=False)
+        return 0 if allowed else math.ceil((1 - left) / PER_SECOND)
+
+    def streaming(self, caller: str, app: ASGIApp) -> ASGIApp:
+        """`app`, counted among the caller's streams while it runs."""
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._streams[caller] >= MAX_STREAMS:
+                refusal = problem("rate_limited", f"{MAX_STREAMS} event streams are open already; close some.")
+                await refusal(scope, receive, send)
+                return
+            self._streams[caller] += 1
+            try:
+                await app(scope, receive, send)
+            finally:
+                self._streams[caller] -= 1
+                if self._streams[caller] == 0:
+                    del self._streams[caller]
+
+        return counted

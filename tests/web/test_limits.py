@@ -1,0 +1,48 @@
+"""How much one caller may ask at once, and that another is not kept waiting by it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from service.web import limits
+from tests.web.served import refused, serving
+
+ALICE, BOB = ({"Authorization": f"Bearer {name}-0123456789abcdef"} for name in ("alice", "bob"))
+KEYS = "alice:alice-0123456789abcdef,bob:bob-0123456789abcdef"
+
+
+async def test_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BURST", 3.0)
+    monkeypatch.setattr(limits, "PER_SECOND", 0.5)
+    async with serving(tmp_path, api_keys=KEYS) as served:
+        for _ in range(3):
+            assert (await served.http.get("/jobs", headers=ALICE)).status_code == 200
+        answer = await served.http.get("/jobs", headers=ALICE)
+        refused(answer, "rate_limited")
+        assert answer.headers["retry-after"] == "2"
+        assert (await served.http.get("/jobs", headers=BOB)).status_code == 200
+        for _ in range(3):
+            refused(await served.http.get("/jobs"), "unauthorized")
+        refused(await served.http.get("/jobs"), "rate_limited")
+        assert (await served.http.get("/healthz")).status_code == 200
+        await asyncio.sleep(2)
+        assert (await served.http.get("/jobs", headers=ALICE)).status_code == 200
+
+
+async def test_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_STREAMS", 1)
+    async with serving(tmp_path) as served:
+        url = f"/jobs/{(await served.upload())['id']}/events"
+        for _ in range(2):  # what is closed counts no more
+            async with served.http.stream("GET", url) as first:
+                assert first.status_code == 200
+                refused(await served.http.get(url), "rate_limited")
+            await asyncio.sleep(0.3)
+
+
+async def test_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_CALLERS", 10)
+    known = limits.Limits()
+    assert not any(known.wait_for(str(number)) for number in range(100))
+    assert len(known._left) == 10
