@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -69,7 +68,6 @@ async def test_forms_of_an_upload(idle: Served) -> None:
     assert (await idle.http.post("/jobs", content=data)).json()["filename"] == "audio.wav"
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 async def test_the_lines_of_the_contract(idle: Served, tmp_path: Path) -> None:
     file = tmp_path / "audio.wav"
     file.write_bytes(wav(1))
@@ -213,7 +211,6 @@ async def test_a_body_is_asked_for_when_all_is_well(idle: Served) -> None:
         assert (await client.answer())[0] == 202
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("expect", [True, False])
 async def test_curl_sees_why(idle: Served, tmp_path: Path, expect: bool) -> None:
     file = tmp_path / "big.mp3"

