@@ -698,6 +698,32 @@ async def test_while_it_is_locked_the_impatient_fail_soon_and_the_patient_wait(s
     await add_job(store, "j0")
 
 
+async def test_who_leaves_the_line_takes_an_impatient_write_along_but_not_a_patient_one(
+    store: Store, database: str
+) -> None:
+    await add_job(store)
+    held = await claim(store)
+    with locked(database):
+        patient = asyncio.create_task(write(store, held, an_event("j1", 3), after=2))
+        impatient = asyncio.create_task(add_job(store, "j2"))
+        await until(lambda: len(store._writer._waiting) == 2)
+        for task in (patient, impatient):
+            task.cancel()
+        await asyncio.wait([patient, impatient])
+    await add_job(store, "j3")
+    assert [seq for seq, _ in await log(store)] == [1, 2, 3]
+    assert await store.get("j2") is None
+
+
+async def test_a_commit_survives_a_power_cut(store: Store) -> None:
+    async def run(connection: Any) -> list[Any]:
+        return [
+            (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")
+        ]
+
+    assert await store._writer.write("", run) == ["wal", 2], "each commit is forced to the disk"
+
+
 async def test_a_short_lock_is_not_noticed(store: Store, database: str) -> None:
     with locked(database):
         creating = asyncio.create_task(add_job(store))
