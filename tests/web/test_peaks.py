@@ -1,6 +1,7 @@
 """The peaks of a job: made once, for all who ask, and gone with the audio."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -109,16 +110,20 @@ async def test_what_cannot_be_kept_is_told_all_the_same(idle: Served, monkeypatc
     assert not await kept(idle.runtime.store, job["id"])
 
 
-async def test_nobody_waits_for_it_but_who_asked(idle: Served) -> None:
-    """Ten minutes of stereo: the event loop answers others meanwhile."""
-    data = riff(fmt(channels=2, rate=48_000), chunk(b"data", bytes(48_000 * 4 * 600)))
-    job = await idle.upload(data, channels="mix")
-    loop, late = asyncio.get_running_loop(), [0.0]
-    asking = asyncio.create_task(idle.http.get(f"/jobs/{job['id']}/peaks"))
-    while not asking.done():
-        before = loop.time()
-        await asyncio.sleep(0.005)
-        late.append(loop.time() - before - 0.005)
-    found = (await asking).json()
+async def test_the_event_loop_never_looks_at_samples(idle: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes: looked at in threads, and never more than a block of them at a time."""
+    fed = []
+
+    class Watched(PeakFinder):
+        def feed(self, block: bytes) -> None:
+            fed.append((threading.current_thread() is threading.main_thread(), len(block)))
+            super().feed(block)
+
+    monkeypatch.setattr(waveform, "PeakFinder", Watched)
+    size = 16_000 * 2 * 2 * 600
+    job = await idle.upload(riff(fmt(channels=2), chunk(b"data", bytes(size))), channels="mix")
+    found = (await idle.http.get(f"/jobs/{job['id']}/peaks")).json()
     assert (found["ms_per_peak"], len(found["peaks"])) == (300, 2000)
-    assert max(late) < 0.5
+    assert sum(length for _, length in fed) == size
+    assert max(length for _, length in fed) <= waveform.BLOCK
+    assert not any(on_the_loop for on_the_loop, _ in fed)
