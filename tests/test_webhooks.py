@@ -22,7 +22,7 @@ from service.settings import load_settings
 from service.store import MAX_STRIKES, Record, Store, Write, open_store
 from service.store.outbox import Attempt, Delivery
 from service.web.app import create_app
-from service.webhooks import AT_ONCE_PER_ENDPOINT, SCHEDULE, Webhooks
+from service.webhooks import AT_ONCE, AT_ONCE_PER_ENDPOINT, SCHEDULE, Webhooks
 from service.webhooks.call import Caller
 from service.worker import start_worker
 from tests.doubles import add_job, an_event, append, start
@@ -230,10 +230,10 @@ async def test_what_is_not_called_says_why_and_is_tried_again(store: Store, tmp_
 
 async def test_a_slow_endpoint_delays_no_other(store: Store) -> None:
     async with endpoint(silence) as slow, endpoint() as quick:
-        for n in range(30):
-            await end_job(store, slow.url(), f"s{n}")
+        for n in range(AT_ONCE + 1):
+            await end_job(store, slow.url(), f"s{n:02}")
         await end_job(store, quick.url(), "q")
-        async with sending(store):
+        async with sending(store, speed=1):
             await attempts(store, 1, "q")
             await eventually(lambda: len(slow.calls) == AT_ONCE_PER_ENDPOINT)
             assert slow.connections == AT_ONCE_PER_ENDPOINT
@@ -257,6 +257,15 @@ async def test_several_workers_send_each_webhook_once(store: Store, database: st
         for n in range(40):
             await attempts(store, 1, f"j{n}")
         assert sorted(call.headers["webhook-id"] for call in here.calls) == sorted(ids)
+
+
+async def test_a_redelivery_waits_for_the_attempt_under_way(store: Store) -> None:
+    async with endpoint(silence) as slow, sending(store, speed=1):
+        webhook_id = await end_job(store, slow.url())
+        await eventually(lambda: bool(slow.calls))
+        before = await the_delivery(store)
+        assert await store.outbox.redeliver("j1", webhook_id) == before
+        assert await store.outbox.due(10, but_for=[]) == []
 
 
 async def test_an_attempt_whose_lease_ran_out_is_fenced(store: Store, tmp_path: Path) -> None:
@@ -355,6 +364,8 @@ async def test_the_log_and_a_redelivery_over_http(tmp_path: Path) -> None:
         me, they = [await stack.enter_async_context(client(app, key)) for key in (mine, theirs)]
         upload = BytesUpload(marked_wav(400), {"webhook_url": here.url()})
         job = await runtime.intake.accept(upload, owner="me", query=[], raw_length=None)
+        their_upload = BytesUpload(marked_wav(400), {"webhook_url": here.url(), "webhook_events": "job.completed"})
+        their_job = await runtime.intake.accept(their_upload, owner="they", query=[], raw_length=None)
         path = f"/jobs/{job.id}/deliveries"
         assert (await me.get(path)).json() == {"data": []}
         await runtime.intake.cancel(job.id)
@@ -364,8 +375,15 @@ async def test_the_log_and_a_redelivery_over_http(tmp_path: Path) -> None:
         assert (first["id"], first["status"], first["url"]) == (webhook_id, "failed", here.url())
         assert [(a["status_code"], a["error"]) for a in first["attempts"]] == [(410, None)]
         assert (await they.get(path)).status_code == 404
-        for who, delivery in [(they, webhook_id), (me, "msg_other"), (me, f"msg_{job.id}_9")]:
-            answer = await who.post(f"{path}/{delivery}/redeliver")
+        elsewhere = f"/jobs/{their_job.id}/deliveries/{webhook_id}/redeliver"
+        for who, where in [
+            (they, f"{path}/{webhook_id}/redeliver"),
+            (they, elsewhere),
+            (me, elsewhere),
+            (me, f"{path}/msg_other/redeliver"),
+            (me, f"{path}/msg_{job.id}_9/redeliver"),
+        ]:
+            answer = await who.post(where)
             assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
         again = await me.post(f"{path}/{webhook_id}/redeliver")
         assert (again.status_code, again.json()["status"]) == (202, "pending")
