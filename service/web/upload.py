@@ -39,7 +39,7 @@ class Pace:
     total: float = 15 * 60
 
 
-class ClientDisconnected(Exception):  # noqa: N818 - nobody is left to see an error
+class ClientDisconnected(Exception):
     """The client went away before its body was complete."""
 
 
