@@ -206,7 +206,10 @@ def check_progress(seen: Sequence[Event]) -> None:
             at = 0
 
 
-@pytest.mark.parametrize("seed", range(12))
+SOAK = [pytest.param(seed, marks=pytest.mark.soak) for seed in range(12, 500)]
+
+
+@pytest.mark.parametrize("seed", [*range(12), *SOAK])
 async def test_every_follower_gets_every_event_once_and_in_order(store: Store, seed: int) -> None:
     dice = random.Random(seed)
     memory = MemoryBus()
