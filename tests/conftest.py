@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from service.runtime import SystemClock
@@ -13,6 +14,12 @@ from service.store import Store, migrate, open_store
 
 settings.register_profile("turnwire", deadline=None)  # two busy cores: how long one example takes says nothing
 settings.load_profile("turnwire")
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured_logs() -> None:
+    """As in a new process: a test that ran a command in this one has configured logging for good."""
+    structlog.reset_defaults()
 
 
 @pytest.fixture
