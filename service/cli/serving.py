@@ -82,9 +82,14 @@ class SandboxCommand(TyperCommand):
 
 
 def sandbox(
-    port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="Port on this machine; 0: a free one.")
-    ] = 8765,
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Address to listen on; off loopback no key is asked for.",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8765,
     script: Annotated[
         Path | None,
         typer.Option(metavar="FILE", exists=True, dir_okay=False, help="What sessions shall hear instead; see below."),
@@ -98,7 +103,7 @@ def sandbox(
 ) -> None:
     """Run the local AssemblyAI-compatible endpoint.
 
-    It speaks Streaming v3 on this machine and needs no account. Real speech is recognised offline if
+    It speaks Streaming v3, by default on this machine only, and needs no account. Real speech is recognised offline if
     `pip install '.[sandbox]'` was done; else every session hears numbered words.
 
     \b
@@ -109,9 +114,10 @@ def sandbox(
     """
     from service.sandbox.app import serve_forever
     from service.sandbox.script import PlanFileError
+    from service.settings import is_loopback
 
     try:
-        asyncio.run(serve_forever("127.0.0.1", port, script, faults, speed))
+        asyncio.run(serve_forever(host, port, script, faults, speed, keyless=not is_loopback(host)))
     except PlanFileError as exc:
         raise CommandError(str(exc), 2) from None
 

@@ -178,13 +178,18 @@ async def run_sandbox(
     faults: FaultPlan | None = None,
     speed: float = 1.0,
     keys: Collection[str] | None = None,
+    keyless: bool = False,
     keep_audio: bool = False,
     max_records: int = 1000,
     double_finals: bool = True,
 ) -> AsyncIterator[Sandbox]:
-    """Serve on `host`:`port` (0: any free one) while the context lasts; its end closes open sessions with 1001."""
+    """Serve on `host`:`port` (0: any free one) while the context lasts; its end closes open sessions with 1001.
+    `keyless`: sessions without a key are let in, too.
+    """
     clock = Clock(speed)
-    sandbox = Sandbox(clock, Gate(clock, keys), faults or FaultPlan(), keep_audio, max_records, host=host)
+    sandbox = Sandbox(
+        clock, Gate(clock, keys, keyless=keyless), faults or FaultPlan(), keep_audio, max_records, host=host
+    )
     house = House(clock, recogniser, double_finals)
     server = await serve(
         lambda connection: sandbox.talk(connection, house),
@@ -212,7 +217,9 @@ async def run_sandbox(
         await server.wait_closed()
 
 
-async def serve_forever(host: str, port: int, script_path: Path | None, faults_path: Path | None, speed: float) -> None:
+async def serve_forever(
+    host: str, port: int, script_path: Path | None, faults_path: Path | None, speed: float, *, keyless: bool = False
+) -> None:
     """`turnwire sandbox`: until SIGTERM or SIGINT; raises InvalidFile for a bad file and OSError for a taken port."""
     recogniser = load_script(script_path) if script_path is not None else default_recogniser()
     faults = load_faults(faults_path) if faults_path is not None else None
@@ -230,7 +237,7 @@ async def serve_forever(host: str, port: int, script_path: Path | None, faults_p
             loop.add_signal_handler(number, stop.set)
     # No records: what runs for weeks must not grow.
     async with run_sandbox(
-        recogniser=recogniser, host=host, port=port, faults=faults, speed=speed, max_records=0
+        recogniser=recogniser, host=host, port=port, faults=faults, speed=speed, keyless=keyless, max_records=0
     ) as sandbox:
         planned = f", faults from {faults_path}" if faults_path is not None else ""
         sys.stderr.write(

@@ -29,9 +29,10 @@ TOKEN_LENGTH = 2500  # the service's are about this long: request lines must cop
 class Gate:
     """Credentials, tokens and plain HTTP answers."""
 
-    def __init__(self, clock: Clock, keys: Collection[str] | None) -> None:
+    def __init__(self, clock: Clock, keys: Collection[str] | None, *, keyless: bool = False) -> None:
         self._clock = clock
         self._keys = keys
+        self._keyless = keyless
         self._secret = secrets.token_bytes(32)
 
     def answer(self, request: Request) -> Response | None:
@@ -51,7 +52,7 @@ class Gate:
         """The longest session these credentials allow, and the Error they earn."""
         credential = header or query_token
         if not credential:
-            return 0, ERRORS["missing_key"]
+            return (SESSION_CAP_S, None) if self._keyless else (0, ERRORS["missing_key"])
         if credential.startswith(f"{TOKEN_PREFIX}."):
             return self._admit_token(credential)
         # The raw key and nothing before it: https://www.assemblyai.com/docs/streaming/api-spec/streaming-websocket.md

@@ -1,11 +1,13 @@
 """The sandbox as a process: one line that says all, SIGTERM, exit 0."""
 
 import asyncio
+import json
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from service.sandbox.app import serve_forever
@@ -50,3 +52,20 @@ async def test_it_says_its_url_and_drains_on_a_signal(tmp_path: Path, number: si
 async def test_bad_files_are_told_before_it_serves(tmp_path: Path) -> None:
     with pytest.raises(PlanFileError):
         await serve_forever("127.0.0.1", 0, tmp_path / "none.json", None, 1.0)
+
+
+async def test_only_off_loopback_is_no_key_asked() -> None:
+    for host, answer in (("127.0.0.1", "Error"), ("0.0.0.0", "Begin")):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "service", "sandbox", "--host", host, "--port", "0", stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            assert process.stderr is not None
+            while "TURNWIRE_UPSTREAM_URL=" not in (line := (await process.stderr.readline()).decode()):
+                assert line
+            url = line.partition("TURNWIRE_UPSTREAM_URL=")[2].split()[0].replace("0.0.0.0", "127.0.0.1")
+            async with connect(f"{url}?sample_rate=16000&speech_model=u3-rt-pro") as ws:
+                assert json.loads(await ws.recv())["type"] == answer
+        finally:
+            process.terminate()
+            assert await process.wait() == 0
