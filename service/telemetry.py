@@ -63,6 +63,7 @@ class Metrics:
         self.loop_lag = seconds("event_loop_lag", "How late timers of the event loop fired")
         self.commit_seconds = seconds("commit", "Time to commit a group of writes")
         self.streams = gauge("streams", "Upstream streams running")
+        self.admission_open = gauge("admission_open", "1 while new streams are taken, 0 while the load forbids it")
         self.followers = gauge("followers", "Event streams open to clients")
         self.queue_depth = gauge("queue_depth", "Jobs waiting")
         self.queue_oldest_seconds = gauge("queue_oldest_seconds", "Age of the job that waits longest")

@@ -2,15 +2,18 @@
 
 A slot is one upstream stream; a job takes as many as it has streams. Nothing is taken from the queue without a free
 slot, so that what waits waits in the database, where its place in the queue can be seen. The reconciler rings for
-every job that waits and that nobody rang for: the doorbell may fail, the table does not.
+every job that waits and that nobody rang for: the doorbell may fail, the table does not. While the load guard is closed
+nothing is taken either: running streams keep their pace, the others wait.
 """
 
 import asyncio
 import contextlib
+import time
 from contextlib import AsyncExitStack
 
 import structlog
 
+from service.core.admission import LATE_SECONDS, LoadGuard, Second
 from service.core.errors import TurnwireError
 from service.core.job import Claim, channels
 from service.intake import begin_claim
@@ -21,6 +24,7 @@ from service.telemetry import bind, metrics
 from service.transcription import LEASE_SECONDS, Control
 
 RECONCILE_SECONDS = 5.0
+CLAIM_SECONDS = 0.04  # between two claims: what a claim costs at its beginning must not look like lasting load
 LAST_WORDS_SECONDS = 2.0  # of the drain, kept for writing down what came
 
 log = structlog.get_logger(__name__)
@@ -29,9 +33,10 @@ log = structlog.get_logger(__name__)
 class Worker:
     """Takes jobs and transcribes them until it is told to drain."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, guard: LoadGuard | None = None) -> None:
         """Starts with `run`."""
         self._runtime = runtime
+        self._guard = guard or LoadGuard()
         self._free = runtime.settings.max_streams
         self._freed = asyncio.Event()
         self._running: dict[asyncio.Task[None], Control] = {}
@@ -43,6 +48,7 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._take(), name="worker-take")
             group.create_task(self._reconcile(), name="worker-reconcile")
+            group.create_task(self._watch(), name="worker-load")
             group.create_task(self._runtime.sweeper.run(), name="worker-sweep")
             if self._runtime.webhooks is not None:
                 group.create_task(self._runtime.webhooks.run(), name="worker-webhooks")
@@ -70,10 +76,13 @@ class Worker:
 
     async def _take(self) -> None:
         while True:
-            while self._free < 1:
+            while not self._has_room():
                 self._freed.clear()
                 await self._freed.wait()
             delivery = await self._runtime.queue.next()
+            if not self._has_room():  # the guard has closed meanwhile
+                await delivery.give_back(1)
+                continue
             async with self._starting:
                 if self._draining:
                     return  # whoever takes the jobs next finds it in the database
@@ -81,6 +90,27 @@ class Worker:
                     await self._start(delivery)
                 except Exception:
                     log.exception("job not begun; the reconciler will ring again", job_id=delivery.job_id)
+            await self._runtime.clock.sleep(CLAIM_SECONDS)
+
+    def _has_room(self) -> bool:
+        return self._free > 0 and self._guard.admits(self._runtime.settings.max_streams - self._free)
+
+    async def _watch(self) -> None:
+        """Feed the guard once a second, and tell when it opens or closes."""
+        clock = self._runtime.clock
+        metrics.admission_open.set(self._guard.open)
+        now, used, (chunks, late) = clock.now(), time.thread_time(), _chunks(clock.real(1))
+        while True:
+            await clock.sleep(1 / clock.real(1))  # a second of the wall: load is the machine's, whatever a test's clock
+            before, now, used_before, used = now, clock.now(), used, time.thread_time()
+            chunks_before, late_before, (chunks, late) = chunks, late, _chunks(clock.real(1))
+            busy = (used - used_before) / max(0.001, clock.real(now - before))
+            if self._guard.feed(Second(chunks - chunks_before, late - late_before, busy)):
+                metrics.admission_open.set(self._guard.open)
+                verdict = "new streams are taken again" if self._guard.open else "too busy to take new streams"
+                running = self._runtime.settings.max_streams - self._free
+                log.warning(verdict, streams=running, busy=round(busy, 2), late=late - late_before)
+            self._freed.set()
 
     async def _start(self, delivery: Delivery) -> None:
         runtime = self._runtime
@@ -126,6 +156,17 @@ class Worker:
             except Exception:
                 log.exception("the queue could not be reconciled; trying again")
             await self._runtime.clock.sleep(RECONCILE_SECONDS)
+
+
+def _chunks(real: float) -> tuple[int, int]:
+    """Chunks sent so far, and those that were late; `real` as of `Clock.real(1)`."""
+    total = in_time = 0
+    for sample in next(iter(metrics.chunk_lateness.collect())).samples:
+        if sample.name.endswith("_bucket") and float(sample.labels["le"]) * real <= LATE_SECONDS:
+            in_time = int(sample.value)
+        elif sample.name.endswith("_count"):
+            total = int(sample.value)
+    return total, total - in_time
 
 
 async def start_worker(runtime: Runtime, stack: AsyncExitStack) -> Worker:
