@@ -402,3 +402,20 @@ async def test_without_a_worker_a_job_waits_in_the_database(tmp_path: Path) -> N
         async for event in runtime.feed.follow(job.id):
             if event.type == "session.lost":
                 break
+
+
+# --- broken ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_sender_that_raises_fails_its_job_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object, __: int) -> bytes:
+        raise ZeroDivisionError
+
+    async with running(tmp_path) as kit:
+        with monkeypatch.context() as patch:
+            patch.setattr("service.transcription.sender.Source.take", broken)
+            job, _ = await kit.run(marked_wav(1600))
+        assert job.status == "failed"
+        assert job.error is not None
+        assert (job.error.code, job.error.retryable) == ("internal", True)
+        assert (await kit.run(marked_wav(1600)))[0].status == "completed"

@@ -88,9 +88,10 @@ class Sender:
         paused: Callable[[], bool],
         sent: Callable[[int], None],
         ended: Callable[[], None],
+        broke: Callable[[Exception], None],
     ) -> None:
         """`paused()`: the recorder cannot keep up. `sent(position_ms)` after each chunk; `ended()` when the last one
-        would have been spoken.
+        would have been spoken. `broke(exc)`: something raised, and nothing more will be sent.
         """
         self._session = session
         self._source = source
@@ -101,6 +102,7 @@ class Sender:
         self._paused = paused
         self._sent = sent
         self._ended = ended
+        self._broke = broke
         self._chunk = 0
         self._bytes = 0
         self._timer: Timer | None = None
@@ -123,6 +125,13 @@ class Sender:
 
     def tick(self, now: float) -> float | None:
         """Called by the pacer when a chunk, or the end, is due."""
+        try:
+            return self._step(now)
+        except Exception as exc:
+            self._broke(exc)  # the pacer would only drop it, and the job would stream nothing for ever
+            raise
+
+    def _step(self, now: float) -> float | None:
         assert self.start is not None
         if self._session.failed:
             return None

@@ -48,6 +48,7 @@ class ChannelStream:
         self._session: Session | None = None
         self._sender: Sender | None = None
         self._ws: UpstreamSession | None = None
+        self._broken: Exception | None = None
 
     async def run(self) -> Outcome:
         """Session after session until the channel is done, stopped or failed."""
@@ -165,6 +166,8 @@ class ChannelStream:
                 self._reschedule()
                 await self._converse(self._ws, source, position_ms)
         except TimeoutError:
+            if self._broken is not None:
+                raise self._broken from None
             if reading.done():
                 reading.result()  # the audio is gone or unreadable: that is what ended the session
             return None if work.control.stop else self._conversation.overdue()
@@ -250,6 +253,7 @@ class ChannelStream:
         sender = self._sender = Sender(
             ws, source, schedule, work.clock, offset_ms=session.offset_ms, total_ms=self._total_ms,
             paused=lambda: work.recorder.congested, sent=sent, ended=lambda: self._finish("end"),
+            broke=self._on_break,
         )  # fmt: skip
         work.start_line.arrive(session.offset_ms, lambda start: sender.begin(work.pacer, start), work.clock.now())
 
@@ -280,6 +284,11 @@ class ChannelStream:
         if self._conversation.state in (State.STREAMING, State.DRAINING) and self._sender is not None:
             self._finish(self._work.control.stop or "drain")
         elif self._limit is not None and self._conversation.state == State.OPENING:
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+    def _on_break(self, exc: Exception) -> None:
+        self._broken = exc
+        if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(asyncio.get_running_loop().time())
 
     def _on_read(self, reading: asyncio.Task[None]) -> None:
