@@ -79,6 +79,7 @@ def root(
 
 app.command(epilog=transcribe.EXAMPLES)(transcribe.transcribe)
 app.command(epilog=serving.SERVE_EXAMPLES)(serving.serve)
+app.command(epilog=serving.WORKER_EXAMPLES)(serving.worker)
 app.command(cls=serving.SandboxCommand)(serving.sandbox)
 app.command(epilog=serving.MIGRATE_EXAMPLES)(serving.migrate)
 app.add_typer(jobs.app, name="jobs")

@@ -1,4 +1,4 @@
-"""`turnwire serve`, `sandbox` and `migrate`, and the whole service in the process of `transcribe`. FLOOR 6.
+"""`turnwire serve`, `worker`, `sandbox` and `migrate`, and the whole service in the process of `transcribe`. FLOOR 6.
 
 The parts are opened on one stack: sandbox, runtime, worker, HTTP server; they end in the opposite order, so that jobs
 are handed back while there is still an upstream to say Terminate to.
@@ -19,6 +19,11 @@ from typer.core import TyperCommand
 from service.cli.terminal import CommandError, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp
+
+    from service.runtime import Runtime
     from service.settings import Settings
     from service.web.server import HttpServer
     from service.worker import Worker
@@ -29,27 +34,34 @@ Examples:
   ASSEMBLYAI_API_KEY=... turnwire serve
   curl -F file=@talk.wav http://127.0.0.1:8000/jobs"""
 
+WORKER_EXAMPLES = """\b
+Example:
+  TURNWIRE_BROKER_URL=nats://... TURNWIRE_DATABASE_URL=postgresql+asyncpg://... \\
+  TURNWIRE_AUDIO_URL=s3://bucket turnwire worker --port 8001"""
+
 MIGRATE_EXAMPLES = """\b
 Example:
   TURNWIRE_DATA_DIR=/var/lib/turnwire turnwire migrate"""
 
 
+Host = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", show_default="127.0.0.1", help="Address to listen on; also TURNWIRE_HOST."),
+]
+Port = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, max=65535, show_default="8000", help="Port, 0: a free one; also TURNWIRE_PORT."),
+]
+
+
 def serve(
-    host: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", show_default="127.0.0.1", help="Address to listen on; also TURNWIRE_HOST."),
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=0, max=65535, show_default="8000", help="Port, 0: a free one; also TURNWIRE_PORT."
-        ),
-    ] = None,
+    host: Host = None,
+    port: Port = None,
     sandbox: Annotated[
         bool, typer.Option("--sandbox", help="Listen with the local sandbox instead of AssemblyAI; needs no account.")
     ] = False,
 ) -> None:
-    """Serve the API and the page, and transcribe, in one process.
+    """Serve the API and the page, and transcribe, in one process; in cluster mode workers transcribe.
 
     Settings come from the environment and .env: TURNWIRE_..., and ASSEMBLYAI_API_KEY.
 
@@ -59,8 +71,33 @@ def serve(
     from service.settings import load_settings
 
     settings = load_settings(host=host, port=port)
+    if settings.cluster and sandbox:
+        raise CommandError(
+            "--sandbox: in cluster mode workers transcribe; run `turnwire sandbox` and give them its address as "
+            "TURNWIRE_UPSTREAM_URL",
+            2,
+        )
     with asyncio.Runner(loop_factory=_loop) as runner:
         runner.run(_serve(settings, with_sandbox=sandbox))
+
+
+def worker(host: Host = None, port: Port = None) -> None:
+    """Cluster mode: take jobs and transcribe them; serve health and metrics only.
+
+    SIGTERM and SIGINT drain: no job is begun, running ones are handed to other workers; exit code 0. A second signal
+    ends at once.
+    """
+    from service.settings import load_settings
+
+    settings = load_settings(host=host, port=port)
+    if not settings.cluster:
+        raise CommandError(
+            "worker: TURNWIRE_BROKER_URL is not set, so that `turnwire serve` transcribes by itself; workers need a "
+            "nats:// broker",
+            2,
+        )
+    with asyncio.Runner(loop_factory=_loop) as runner:
+        runner.run(_work(settings))
 
 
 def _loop() -> asyncio.AbstractEventLoop:
@@ -143,16 +180,44 @@ def migrate() -> None:
 async def _serve(settings: "Settings", *, with_sandbox: bool) -> None:
     from service.settings import check_upstream
     from service.telemetry import configure_logging
+    from service.web.app import create_app
 
     configure_logging(settings.log_format, settings.log_level)
     async with AsyncExitStack() as stack:
+        if settings.cluster:
+            runtime = await _open_runtime(settings, stack)
+            server = _listen(runtime, create_app)
+            say(f"Turnwire serves {server.url}, transcribed by its workers")
+            await server.serve_until_signal(_nothing)
+            return
         upstream = urlsplit(settings.upstream_url).netloc
         if with_sandbox:
             settings, upstream = await _with_sandbox(settings, stack), "the sandbox"
         check_upstream(settings)
-        server, worker = await _open(settings, stack)
+        server, worker = await _open_both(settings, stack)
         say(f"Turnwire serves {server.url}, data in {settings.data_dir.resolve()}, transcribed by {upstream}")
         await server.serve_until_signal(worker.drain)
+
+
+async def _work(settings: "Settings") -> None:
+    from service.settings import check_upstream
+    from service.telemetry import configure_logging
+    from service.web.app import create_worker_app
+    from service.worker import start_worker
+
+    configure_logging(settings.log_format, settings.log_level)
+    check_upstream(settings)
+    async with AsyncExitStack() as stack:
+        runtime = await _open_runtime(settings, stack)
+        server = _listen(runtime, create_worker_app)
+        worker = await start_worker(runtime, stack)
+        upstream = urlsplit(settings.upstream_url).netloc
+        say(f"Turnwire works, health and metrics at {server.url}, transcribed by {upstream}")
+        await server.serve_until_signal(worker.drain)
+
+
+async def _nothing() -> None:
+    """What an API node of a cluster stops before its event streams end."""
 
 
 async def _with_sandbox(settings: "Settings", stack: AsyncExitStack) -> "Settings":
@@ -166,22 +231,32 @@ async def _with_sandbox(settings: "Settings", stack: AsyncExitStack) -> "Setting
     return settings.model_copy(update={"upstream_url": running.url, "assemblyai_api_key": SecretStr("sandbox")})
 
 
-async def _open(settings: "Settings", stack: AsyncExitStack) -> "tuple[HttpServer, Worker]":
+async def _open_runtime(settings: "Settings", stack: AsyncExitStack) -> "Runtime":
     from service.runtime import open_runtime
     from service.settings import check_bind
-    from service.web.app import create_app
-    from service.web.server import HttpServer
-    from service.worker import start_worker
 
     runtime = await stack.enter_async_context(open_runtime(settings))
     check_bind(settings, stored_keys=bool(runtime.stored_keys))
+    return runtime
+
+
+async def _open_both(settings: "Settings", stack: AsyncExitStack) -> "tuple[HttpServer, Worker]":
+    from service.web.app import create_app
+    from service.worker import start_worker
+
+    runtime = await _open_runtime(settings, stack)
     worker = await start_worker(runtime, stack)
+    return _listen(runtime, create_app), worker
+
+
+def _listen(runtime: "Runtime", create: "Callable[[Runtime], ASGIApp]") -> "HttpServer":
+    from service.web.server import HttpServer
+
     try:
-        server = HttpServer(runtime, create_app(runtime))
+        return HttpServer(runtime, create(runtime))
     except OSError as exc:
-        where = f"{settings.host}, port {settings.port}"
+        where = f"{runtime.settings.host}, port {runtime.settings.port}"
         raise CommandError(f"cannot listen on {where}: {exc.strerror}; --host and --port choose others") from None
-    return server, worker
 
 
 @asynccontextmanager
@@ -218,7 +293,7 @@ async def local_service(keep: Path | None) -> AsyncIterator[tuple[str, str]]:
                 raise
             say("ASSEMBLYAI_API_KEY is not set: the local sandbox transcribes, not AssemblyAI")
             settings = await _with_sandbox(settings, stack)
-        server, worker = await _open(settings, stack)
+        server, worker = await _open_both(settings, stack)
         serving = asyncio.create_task(server.serve(worker.drain), name="local-service")
         try:
             yield server.url, key
