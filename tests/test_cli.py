@@ -22,6 +22,7 @@ from service.cli.view import LiveView, Narrator, View, _tail
 COMMANDS = [
     ["transcribe"],
     ["serve"],
+    ["worker"],
     ["sandbox"],
     ["migrate"],
     ["doctor"],
@@ -69,6 +70,10 @@ def test_help_has_examples(command: list[str]) -> None:
     assert "Example" in result.stdout
     assert f"turnwire {' '.join(command)}".rstrip() in result.stdout.partition("Example")[2]
     assert "..." not in result.stdout.partition("Commands:")[2].partition("Example")[0], "a summary is cut short"
+
+
+def test_a_worker_needs_a_broker() -> None:
+    assert "need a nats:// broker" in problem("worker")
 
 
 def test_the_help_of_the_sandbox_has_both_formats() -> None:

@@ -61,9 +61,10 @@ def serve(
         bool, typer.Option("--sandbox", help="Listen with the local sandbox instead of AssemblyAI; needs no account.")
     ] = False,
 ) -> None:
-    """Serve the API and the page, and transcribe, in one process; in cluster mode workers transcribe.
+    """Serve the API and the page, and transcribe, in one process.
 
-    Settings come from the environment and .env: TURNWIRE_..., and ASSEMBLYAI_API_KEY.
+    In cluster mode, where a broker is set, it leaves transcribing to `turnwire worker`. Settings come
+    from the environment and .env: TURNWIRE_..., and ASSEMBLYAI_API_KEY.
 
     SIGTERM and SIGINT drain: no job is begun, running ones are handed back and go on at the next start; exit code 0.
     A second signal ends at once.
@@ -82,9 +83,9 @@ def serve(
 
 
 def worker(host: Host = None, port: Port = None) -> None:
-    """Cluster mode: take jobs and transcribe them; serve health and metrics only.
+    """Take jobs and transcribe them, in cluster mode.
 
-    SIGTERM and SIGINT drain: no job is begun, running ones are handed to other workers; exit code 0. A second signal
+    It serves nothing but its health and metrics. SIGTERM and SIGINT drain: no job is begun, running ones are handed to other workers; exit code 0. A second signal
     ends at once.
     """
     from service.settings import load_settings
