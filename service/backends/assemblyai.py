@@ -42,11 +42,14 @@ class AssemblyAI:
         self._url = url
         self._key = api_key if parsed.scheme == "wss" or _is_loopback(parsed.host) else None
         self._limits = limits
-        self._tls = tls or (httpx.create_ssl_context(trust_env=False) if parsed.scheme == "wss" else None)
+        self._tls = tls or (httpx.create_ssl_context() if parsed.scheme == "wss" else None)
         self._client: httpx.AsyncClient | None = None
 
     async def __aenter__(self) -> Self:
-        """Open the shared client. No redirect, no proxy, no environment: each could change who gets the key."""
+        """Open the shared client. No redirect, no proxy, no .netrc: each could change who gets the key.
+
+        Of the environment only SSL_CERT_FILE and SSL_CERT_DIR count, the trust of a self-hosted endpoint.
+        """
         limits = self._limits
         timeout = httpx.Timeout(limits.handshake, connect=limits.connect, write=limits.write, pool=limits.connect)
         self._client = httpx.AsyncClient(
