@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
+import structlog
 
 from service.core.coverage import coverage
-from service.core.errors import CallerError, Unavailable
+from service.core.errors import CallerError, OurError, Unavailable
 from service.core.job import (
     CANCEL,
     DELETED,
@@ -40,6 +41,8 @@ from service.core.options import Options, clean_filename, parse_options
 from service.core.wav import WavInfo, WavParser, check_channels, warnings_for
 from service.ports import BlobStore, Bus, Clock, JobQueue
 from service.store import MAX_STRIKES, Record, Store, Use, Write
+
+log = structlog.get_logger(__name__)
 
 
 class Upload(Protocol):
@@ -279,12 +282,15 @@ class Intake:
                 await self.bus.publish(f"events.{job_id}", event)
 
     async def delete(self, job_id: str) -> bool:
-        """Remove a job, running or not, with its audio; whether there was one."""
+        """Remove a job, running or not, with its audio; whether there was one. The rows doom audio that will not go."""
         if not await self.store.delete(job_id):
             return False
         await self.bus.publish(f"control.{job_id}", hint(job_id, CANCEL))
         await self.bus.publish(f"events.{job_id}", hint(job_id, DELETED))
-        await self.blobs.delete(job_id)
+        try:
+            await self.blobs.delete(job_id)
+        except OurError as exc:
+            log.warning("audio could not be removed; the sweeper will", job_id=job_id, error=exc)
         return True
 
 

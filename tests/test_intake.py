@@ -387,6 +387,19 @@ async def test_a_deleted_job_is_gone_with_its_audio_and_everyone_is_told(office:
     assert held.job.id == job.id
 
 
+async def test_a_deletion_whose_audio_will_not_go_is_a_deletion(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise Unavailable
+
+    job = await office.accept()
+    monkeypatch.setattr(LocalBlobs, "delete", fail)
+    assert await office.intake.delete(job.id)
+    assert await office.store.get(job.id) is None
+    assert await office.store.outbox.doomed() == [job.id], "what the sweeper removes"
+
+
 async def test_nobody_has_no_job(office: Office) -> None:
     assert await office.intake.cancel("nobody") is None
     assert await office.intake.retry("nobody", from_start=False) is None
