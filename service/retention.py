@@ -98,24 +98,29 @@ class Sweeper:
             if await outbox.drop_audio(job_id, ended_by_ms=now.audio_ended_by):
                 metrics.retention_removals.labels(kind="audio").inc()
         for job_id in await outbox.doomed():
-            if await self._remove(job_id):
+            if await _remove(self.blobs, job_id):
                 await outbox.removed(job_id)
         if self.clock.now() >= self._orphans_at + ORPHAN_SWEEP_SECONDS:
-            await self._remove_orphans(now.orphans_made_by)
+            await remove_orphans(self.store, self.blobs, await self.keys(), now.orphans_made_by)
             self._orphans_at = self.clock.now()
 
-    async def _remove_orphans(self, made_by: int) -> None:
-        """What uploads left behind that a crash cut off between their audio and their job."""
-        for page in pages(suspects(await self.keys(), made_by)):
-            for job_id in await self.store.outbox.without_job(page):
-                if await self._remove(job_id):
-                    metrics.retention_removals.labels(kind="orphan").inc()
 
-    async def _remove(self, job_id: str) -> bool:
-        """One that cannot be removed must not keep the others."""
-        try:
-            await self.blobs.delete(job_id)
-        except (OurError, OSError) as exc:
-            log.warning("audio could not be removed; tried again later", job_id=job_id, error=exc)
-            return False
-        return True
+async def remove_orphans(store: Store, blobs: BlobStore, keys: Iterable[str], made_by: int) -> None:
+    """Remove what uploads left behind that a crash cut off between their audio and their job.
+
+    No upload begun by `made_by` may still be under way.
+    """
+    for page in pages(suspects(keys, made_by)):
+        for job_id in await store.outbox.without_job(page):
+            if await _remove(blobs, job_id):
+                metrics.retention_removals.labels(kind="orphan").inc()
+
+
+async def _remove(blobs: BlobStore, job_id: str) -> bool:
+    """One that cannot be removed must not keep the others."""
+    try:
+        await blobs.delete(job_id)
+    except (OurError, OSError) as exc:
+        log.warning("audio could not be removed; tried again later", job_id=job_id, error=exc)
+        return False
+    return True

@@ -20,7 +20,7 @@ from service.feed import Feed
 from service.intake import Intake
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, JobQueue, Upstream
-from service.retention import Sweeper
+from service.retention import Sweeper, remove_orphans
 from service.settings import Settings, SettingsError
 from service.store import Store, migrate, open_store
 from service.store.keys import StoredKey
@@ -90,10 +90,11 @@ async def open_runtime(
         url = database_url(settings)
         await migrate(url)
         store = await stack.enter_async_context(open_store(url))
-        await store.expire_leases()  # the lock says that no other process works on these jobs
+        await store.expire_leases()  # the lock says that no other process works on these jobs, nor takes an upload
         audio = settings.data_dir / "audio"
         blobs = LocalBlobs(audio)
         await blobs.sweep()
+        await remove_orphans(store, blobs, await asyncio.to_thread(os.listdir, audio), clock.utc_ms())
         queue, bus = MemoryQueue(clock), MemoryBus()
         if upstream is None:
             key = settings.assemblyai_api_key

@@ -236,6 +236,15 @@ async def test_a_job_is_gone_with_everything(tmp_path: Path) -> None:
         await eventually(lambda: not list((tmp_path / "data" / "audio").iterdir()))
 
 
+async def test_audio_whose_job_a_crash_prevented_goes_at_the_start(tmp_path: Path) -> None:
+    async with running(tmp_path) as kit:
+        job = await kit.submit(marked_wav(400))
+    audio = tmp_path / "data" / "audio"
+    (audio / new_id(kit.runtime.clock.utc_ms())).write_bytes(b"RIFF")
+    async with running(tmp_path):
+        assert [path.name for path in audio.iterdir()] == [job.id]
+
+
 async def test_a_deletion_that_a_crash_cut_off_is_finished_by_the_next_process(tmp_path: Path) -> None:
     async with running(tmp_path) as kit:
         job, _ = await kit.run(marked_wav(400))
