@@ -1,5 +1,6 @@
 """The migrations: one line from nothing to today's schema, and every database on the way comes along with its jobs."""
 
+import asyncio
 import sqlite3
 from pathlib import Path
 
@@ -36,6 +37,27 @@ def revision_of(path: Path) -> str:
     finally:
         connection.close()
     return str(revision)
+
+
+def test_only_the_owner_can_read_it_whatever_the_directory(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    path = tmp_path / "turnwire.db"
+    (tmp_path / "turnwire.db-journal").touch(0o644)
+    path.touch(0o644)  # of an earlier version
+    path.chmod(0o644)
+
+    def modes() -> dict[str, int]:
+        return {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+
+    async def use() -> dict[str, int]:
+        await migrate(url_of(path))
+        async with open_store(url_of(path)) as store:
+            await store.keys.all()
+            return modes()
+
+    found = asyncio.run(use())
+    assert {"turnwire.db", "turnwire.db-wal", "turnwire.db-shm"} <= set(found)
+    assert set(found.values()) == {0o600}
 
 
 def execute(path: Path, *statements: tuple[str, tuple[object, ...]]) -> None:

@@ -7,13 +7,14 @@ anyone is told of it; event numbers have no gaps. Writes are here and go through
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import and_, delete, event, func, select, update
+from sqlalchemy import and_, delete, event, func, make_url, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -109,6 +110,8 @@ async def migrate(url: str) -> None:
     from alembic import command
     from alembic.config import Config
 
+    if url.startswith("sqlite"):
+        _keep_private(Path(make_url(url).database or ""))
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
     engine = _engine(url, writing=True)
@@ -122,6 +125,13 @@ async def migrate(url: str) -> None:
             await connection.run_sync(upgrade)
     finally:
         await engine.dispose()
+
+
+def _keep_private(path: Path) -> None:
+    """Whatever the rights of the directory; SQLite gives its other files those of the database."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    for file in path.parent.glob(f"{path.name}*"):
+        file.chmod(0o600)
 
 
 class Store(Reader):
