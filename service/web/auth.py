@@ -23,6 +23,7 @@ from service.core.errors import TurnwireError
 from service.runtime import Runtime
 from service.settings import ApiKey, is_loopback
 from service.store.keys import StoredKey, key_id
+from service.web.jobs import wants_events
 from service.web.limits import Limits
 from service.web.problems import problem
 from service.web.tokens import Tokens
@@ -172,7 +173,7 @@ class Guard:
         if owner is None and token_job is None and not _OPEN.fullmatch(scope["path"]):
             return problem("unauthorized", "Send 'Authorization: Bearer <key>' with a key of this server.")
         scope.setdefault("state", {}).update(owner=owner, token_job=token_job)
-        return self._limits.streaming(caller, self._app) if _EVENTS.fullmatch(scope["path"]) else self._app
+        return self._limits.streaming(caller, self._app) if _streams(scope) else self._app
 
     def _token_job(self, scope: Scope) -> str | None:
         """The job whose token came with a request to read that very job."""
@@ -182,6 +183,13 @@ class Guard:
             return None
         job_id = self._tokens.job_of(given[0], self._clock.utc_ms())
         return job_id if job_id == path[1] else None
+
+
+def _streams(scope: Scope) -> bool:
+    """Whether the answer will be a job's events."""
+    if scope["path"] == "/jobs" and scope["method"] == "POST":
+        return wants_events(Headers(scope=scope).get("accept", ""))
+    return _EVENTS.fullmatch(scope["path"]) is not None
 
 
 def _query(scope: Scope) -> list[tuple[str, str]]:

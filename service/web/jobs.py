@@ -10,7 +10,8 @@ import base64
 import contextlib
 import datetime as dt
 import re
-from typing import Annotated
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
@@ -33,6 +34,8 @@ MAX_UPLOADS = 128
 MAX_WAIT_SECONDS = 60
 JSON = "application/json"
 REPLAYED = "Idempotency-Replayed"
+
+T = TypeVar("T")
 
 router = APIRouter()
 
@@ -80,12 +83,17 @@ async def upload(
     job = accepted.job
     location = {"Location": job.links["self"]} | ({REPLAYED: "true"} if accepted.replayed else {})
     accept = request.headers.get("accept", "")
-    if preferred(accept, (JSON, SSE, NDJSON)) in (SSE, NDJSON):
+    if wants_events(accept):
         return stream(runtime, job.id, accept, headers=location)
     with contextlib.suppress(TurnwireError):  # accepted is accepted, whether or not its place in the queue can be told
         record = await runtime.store.get(job.id)
         job = record.job if record is not None else job
     return _json(job, 202, location)
+
+
+def wants_events(accept: str) -> bool:
+    """Whether an upload is answered with its job's events; then it counts among the caller's streams."""
+    return preferred(accept, (JSON, SSE, NDJSON)) in (SSE, NDJSON)
 
 
 async def _accept(request: Request, runtime: Runtime, owner: str, key: str) -> Accepted:
@@ -187,6 +195,7 @@ def _position(cursor: str) -> tuple[int, str]:
     },
 )
 async def get_job(
+    request: Request,
     record: OwnJob,
     runtime: Services,
     if_none_match: Annotated[str | None, Header()] = None,
@@ -200,7 +209,7 @@ async def get_job(
     if wait is not None:
         seconds = min(int(wait[1]), MAX_WAIT_SECONDS)
         headers["Preference-Applied"] = f"wait={seconds}"
-        record = await _news(runtime, record, seconds, if_none_match)
+        record = await _news(request, runtime, record, seconds, if_none_match)
     headers["ETag"] = _etag(record)
     if has_etag(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
@@ -211,8 +220,13 @@ def _etag(record: Record) -> str:
     return f'W/"{record.event_seq}"'
 
 
-async def _news(runtime: Runtime, record: Record, seconds: float, if_none_match: str | None) -> Record:
-    """The job once its status has changed (with `if_none_match`: its ETag), or as it is after `seconds`."""
+async def _news(
+    request: Request, runtime: Runtime, record: Record, seconds: float, if_none_match: str | None
+) -> Record:
+    """The job once its status has changed (with `if_none_match`: its ETag), or as it is after `seconds`.
+
+    Raises `ClientDisconnected` as soon as nobody waits any more.
+    """
 
     def is_news(now: Record) -> bool:
         other = (
@@ -234,12 +248,31 @@ async def _news(runtime: Runtime, record: Record, seconds: float, if_none_match:
         return record
     try:
         async with asyncio.timeout(runtime.clock.real(seconds)):
-            found = await wait()
+            found = await _unless_left(request, wait())
     except TimeoutError:
         found = await runtime.store.get(record.job.id)
     if found is None:
         raise not_found()
     return found
+
+
+async def _unless_left(request: Request, waiting: Coroutine[Any, Any, T]) -> T:
+    """What is waited for, while somebody does. Raises `ClientDisconnected`."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    news, left = asyncio.create_task(waiting), asyncio.create_task(leave())
+    try:
+        await asyncio.wait((news, left), return_when=asyncio.FIRST_COMPLETED)
+        if not news.done():
+            raise ClientDisconnected
+        return news.result()
+    finally:
+        news.cancel()
+        left.cancel()
+        await asyncio.wait((news, left))
 
 
 @router.get(

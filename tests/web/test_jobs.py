@@ -14,7 +14,8 @@ import pytest_asyncio
 from service.core.job import Notice, make_event
 from service.sandbox import faults as f
 from service.store import Record, Write
-from tests.web.served import Served, refused, serving, wav
+from tests.kit import eventually
+from tests.web.served import Served, head, raw, refused, serving, wav
 
 REFUSING = f.FaultPlan({"1": [f.ErrorFrame(name="account", on="open")]})
 
@@ -129,6 +130,15 @@ async def test_wait_for_a_status(idle: Served) -> None:
     for nonsense in ("wait=-1", "wait=x", "await=5", "wait"):
         answer, _ = await waited(idle, path, nonsense)
         assert "preference-applied" not in answer.headers
+
+
+async def test_who_leaves_is_not_waited_for(tmp_path: Path) -> None:
+    async with serving(tmp_path, speed=1) as served:
+        job = await served.upload()
+        async with raw(served) as client:
+            client.send(head("Prefer: wait=60", path=f"/jobs/{job['id']}", method="GET"))
+            await eventually(lambda: served.runtime.feed._hubs)
+        await eventually(lambda: not served.runtime.feed._hubs, 30)  # half of what was asked for
 
 
 async def test_wait_for_an_event(idle: Served) -> None:

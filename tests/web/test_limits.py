@@ -2,11 +2,12 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.web import limits
-from tests.web.served import refused, serving
+from tests.web.served import refused, serving, wav
 
 ALICE, BOB = ({"Authorization": f"Bearer {name}-0123456789abcdef"} for name in ("alice", "bob"))
 KEYS = "alice:alice-0123456789abcdef,bob:bob-0123456789abcdef"
@@ -39,6 +40,18 @@ async def test_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert first.status_code == 200
                 refused(await served.http.get(url), "rate_limited")
             await asyncio.sleep(0.3)
+
+
+async def test_an_upload_answered_with_events_is_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_STREAMS", 1)
+    async with serving(tmp_path) as served:
+        upload: dict[str, Any] = {"content": wav(), "headers": {"Accept": "text/event-stream"}}
+        async with served.http.stream("POST", "/jobs", **upload) as first:
+            assert first.status_code == 200
+            refused(await served.http.post("/jobs", **upload), "rate_limited")
+            refused(await served.http.get(f"{first.headers['location']}/events"), "rate_limited")
+            assert (await served.http.post("/jobs", content=wav())).status_code == 202
+        assert len((await served.http.get("/jobs")).json()["data"]) == 2, "what is refused makes no job"
 
 
 async def test_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
