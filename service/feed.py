@@ -10,12 +10,12 @@ log when it is behind the tail. No database connection is held while idle.
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 
 import msgspec
 
 from service.core.errors import Unavailable
-from service.core.job import DELETED, LISTENING, Event, hint
+from service.core.job import BEHIND, DELETED, LISTENING, Event, hint
 from service.ports import Bus, Clock, Subscription
 from service.store import Store
 from service.telemetry import metrics
@@ -60,8 +60,15 @@ class Feed:
             hub.wake()
 
     async def follow(self, job_id: str, after: int = 0) -> AsyncGenerator[Event, None]:
+        """The events of `pages`, one by one."""
+        async with aclosing(self.pages(job_id, after)) as pages:
+            async for page in pages:
+                for event in page:
+                    yield event
+
+    async def pages(self, job_id: str, after: int = 0) -> AsyncGenerator[Sequence[Event], None]:
         """Every durable event after `after` exactly once and in order, and between them partials and progress as they
-        are.
+        are: together what there is at a time, at most `PAGE` durable ones.
 
         Ends after the newest event once that is terminal, when the job is deleted, or at `end`. Who leaves early
         closes it.
@@ -79,16 +86,15 @@ class Feed:
                     page = hub.tail_after(cursor) or await self._store.events_after(job_id, cursor, PAGE)
                     if not page:
                         return  # deleted meanwhile
-                    for event in page:
-                        yield event
-                        cursor = event.seq or cursor
+                    yield page
+                    cursor = page[-1].seq or cursor
                 hub.check()
                 if hub.gone or hub.ended or self._ending:
                     return
                 version = hub.version  # from here on every change is noticed
                 if cursor == hub.last:  # a follower who comes from elsewhere may know more than this hub
-                    for event in hub.current(seen):
-                        yield event
+                    if current := hub.current(seen):
+                        yield current
                     seen = version
                 if hub.version == version:
                     await hub.changed()
@@ -183,6 +189,9 @@ class _Hub:
         if event.type == DELETED:
             self.gone = True
             self.wake()
+            return
+        if event.type == BEHIND:
+            await self._catch_up()
             return
         if event.seq == self.last + 1:
             self._durable(event)

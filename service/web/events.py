@@ -6,16 +6,16 @@ next connection resumes from the log. At the stop of the process streams end cle
 not everybody comes back in the same instant.
 """
 
+import asyncio
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Annotated
 
 import structlog
 from fastapi import APIRouter, Header, Query, Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -27,6 +27,7 @@ from service.web.edge import abort, is_head
 
 PING_SECONDS = 15
 SEND_SECONDS = 10.0
+SEND_BYTES = 64 * 1024  # what a client that is behind is sent at once, and may hold unread, give or take one event
 RETRY_MS = (1000, 5000)
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 RESET = "stream.reset"
@@ -90,15 +91,23 @@ def _filter(types: list[str]) -> Callable[[Event], bool]:
 
 async def _encoded(
     runtime: Runtime, job_id: str, form: "_Frames", after: int, reset: bool, wanted: Callable[[Event], bool]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     yield form.opening()
     if reset:
         yield form.event(make_event(job_id, None, RESET, runtime.clock.utc_ms(), {}))
     try:
-        async with aclosing(runtime.feed.follow(job_id, after)) as events:
-            async for event in events:
-                if wanted(event):
-                    yield form.event(event)
+        async with aclosing(runtime.feed.pages(job_id, after)) as pages:
+            async for page in pages:
+                held, size = [], 0
+                for event in page:
+                    if wanted(event):
+                        held.append(form.event(event))
+                        size += len(held[-1])
+                    if size >= SEND_BYTES:
+                        yield b"".join(held)
+                        held, size = [], 0
+                if held:
+                    yield b"".join(held)
     except TurnwireError as exc:
         log.warning("event stream ended early", job_id=job_id, reason=exc)
     if runtime.draining.is_set():
@@ -142,28 +151,98 @@ class _EmptyLine(ServerSentEvent):
 
 
 class EventStream(EventSourceResponse):
-    """sse-starlette's response (pings, disconnects, no buffering by proxies), that cuts who does not read."""
+    """sse-starlette's response, with its headers and its answer to HEAD, at a third of what its sending costs.
+
+    Stock runs four tasks a subscriber and opens a cancel scope an event. Here the request's own task sends, a second
+    one notices that the client left, and one timer looks after signs of life and clients that take nothing. Nobody
+    waits for uvicorn's exit signal: it never comes here, streams end through the feed.
+    """
 
     def __init__(
-        self, job_id: str, frames: AsyncIterator[bytes], form: _Frames, headers: Mapping[str, str] | None = None
+        self, job_id: str, frames: AsyncGenerator[bytes, None], form: _Frames, headers: Mapping[str, str] | None = None
     ) -> None:
         """`frames` are sent as they are."""
-        super().__init__(
-            frames,
-            headers=headers,
-            media_type=form.media_type,
-            ping=PING_SECONDS,
-            ping_message_factory=form.ping,
-            send_timeout=SEND_SECONDS,
-        )
+        super().__init__(frames, headers=headers, media_type=form.media_type)
         self._job_id = job_id
+        self._frames = frames
+        self._form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the frames end, the client goes, or it does not take what it is sent."""
         if is_head(scope):
-            scope = {**scope, "method": "HEAD"}
+            await super().__call__({**scope, "method": "HEAD"}, receive, send)
+            return
+        watch = _Watch(send, self._form)
+        leaving = asyncio.create_task(_gone(receive, watch))
         try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
+            # A scope without a deadline: whoever finds that there is nobody to send to makes it end now. Cancelling
+            # the task by hand would look like the stop of the server.
+            async with watch.scope, aclosing(self._frames):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async for frames in self._frames:
+                    await watch.put(frames)
+                await watch.put(b"", more=False)
+        except TimeoutError:
+            if not watch.scope.expired():
+                raise
+        finally:
+            watch.end()
+            leaving.cancel()
+        if watch.stalled:
             log.warning("event stream cut: its client takes nothing", job_id=self._job_id)
             abort(scope)
+
+
+async def _gone(receive: Receive, watch: "_Watch") -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    watch.stop()
+
+
+class _Watch:
+    """Sends for one stream, and sees to it that something is sent now and then and that the client takes it.
+
+    One timer for both: it fires when a sign of life is due, and when a send that has begun by then has lasted too long.
+    """
+
+    def __init__(self, send: Send, form: _Frames) -> None:
+        self.scope = asyncio.timeout(None)
+        self.stalled = False
+        self._send = send
+        self._form = form
+        self._open = True
+        self._since = 0.0  # when the send began that has not ended; 0 if there is none
+        self._ping: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._ping_due = self._loop.time() + PING_SECONDS
+        self._timer = self._loop.call_later(min(SEND_SECONDS, PING_SECONDS), self._look)
+
+    async def put(self, body: bytes, *, more: bool = True) -> None:
+        self._since = self._since or self._loop.time()
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self._since = 0.0
+
+    def stop(self) -> None:
+        """End the stream, which is still being sent."""
+        if self._open:
+            self._open = False
+            self.scope.reschedule(0)
+
+    def end(self) -> None:
+        """Nothing is sent any more."""
+        self._open = False
+        self._timer.cancel()
+        if self._ping is not None:
+            self._ping.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._since and now - self._since >= SEND_SECONDS:
+            self.stalled = True
+            self.stop()
+            return
+        if now >= self._ping_due:
+            self._ping_due = now + PING_SECONDS
+            if not self._since:
+                self._ping = self._loop.create_task(self.put(self._form.ping().encode()))
+        self._timer = self._loop.call_at(min((self._since or now) + SEND_SECONDS, self._ping_due), self._look)
