@@ -85,8 +85,8 @@ def serve(
 def worker(host: Host = None, port: Port = None) -> None:
     """Take jobs and transcribe them, in cluster mode.
 
-    It serves nothing but its health and metrics. SIGTERM and SIGINT drain: no job is begun, running ones are handed to other workers; exit code 0. A second signal
-    ends at once.
+    It serves nothing but its health and metrics. SIGTERM and SIGINT drain: no job is begun, running ones are handed to
+    other workers; exit code 0. A second signal ends at once.
     """
     from service.settings import load_settings
 
