@@ -70,7 +70,7 @@ class Metrics:
         self.jobs = counter("job_transitions", "Changes of a job's status, by the new one", "status")
         self.events = counter("events", "Events published, by type", "type")
         self.upstream_sessions = counter("upstream_sessions", "Upstream sessions begun")
-        self.upstream_reconnects = counter("upstream_reconnects", "Upstream sessions opened again after a loss")
+        self.upstream_reconnects = counter("upstream_reconnects", "Upstream sessions opened again, by code", "code")
         self.upstream_ends = counter("upstream_ends", "Upstream sessions that ended unasked, by code", "code")
         self.upstream_oddities = counter("upstream_oddities", "Messages malformed or of unknown type", "kind")
         self.uploads = counter("uploads", "Uploads, by `accepted` or the code of their refusal", "result")

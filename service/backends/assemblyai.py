@@ -23,7 +23,8 @@ from wsproto.utilities import generate_accept_token
 
 from service.backends.network import Transport
 from service.backends.websocket import Channel, Limits
-from service.core.protocol import TERMINATE, ErrorFrame, Malformed, Message, SessionEnd, SessionEnded, decode
+from service.core.protocol import TERMINATE, ErrorFrame, Malformed, Message, SessionEnd, SessionEnded, Unknown, decode
+from service.telemetry import metrics
 
 _VERSION = "2025-05-12"
 _DEFAULTS = Limits()
@@ -165,11 +166,14 @@ class Session:
             try:
                 message = _decode(frame)
             except Malformed as exc:
+                metrics.upstream_oddities.labels(kind="malformed").inc()
                 self._tolerance -= 1
                 if self._tolerance == 0:
                     self._channel.fail("malformed", exc.detail)
                 continue
             if not isinstance(message, ErrorFrame):
+                if isinstance(message, Unknown):
+                    metrics.upstream_oddities.labels(kind="unknown").inc()
                 return message
             self._error = message
             self._channel.expect_end(SessionEnd(kind="closed"))

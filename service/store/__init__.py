@@ -28,6 +28,7 @@ from service.store.idempotency import Use
 from service.store.reading import Reader, Record, record_of
 from service.store.schema import events, jobs, now_ms, said, turns, webhooks
 from service.store.writer import Writer
+from service.telemetry import metrics
 
 __all__ = ["MAX_STRIKES", "Busy", "Record", "Store", "Use", "Write", "migrate", "open_store"]
 
@@ -168,7 +169,10 @@ class Store(Reader):
             await self._append(connection, job, made)
             return None
 
-        return await self._writer.write(job.id, run)
+        other = await self._writer.write(job.id, run)
+        if other is None:
+            _count(Status.QUEUED)
+        return other
 
     async def amend(self, job_id: str, change: Callable[[Record], Write | None]) -> Record | None:
         """Change a job nobody holds a claim on: `change` looks at it and says what to write, or None to leave it.
@@ -176,7 +180,10 @@ class Store(Reader):
         What `change` raises passes through. Returns the job as it is afterwards, None if there is no such job.
         """
 
+        became: list[Status] = []
+
         async def run(connection: AsyncConnection) -> Record | None:
+            became.clear()  # a group that fails is written again
             row = (
                 (await connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update())).mappings().first()
             )
@@ -186,6 +193,7 @@ class Store(Reader):
             write = change(record)
             if write is None:
                 return record
+            became.extend({write.job.status} - {row["status"]})
             if write.withdraw_from is not None:
                 for table in (turns, said):
                     withdrawn = and_(table.c.job_id == job_id, table.c.idx >= write.withdraw_from)
@@ -197,7 +205,9 @@ class Store(Reader):
             await connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
             return Record(write.job, record.owner, record.epoch, seq, False, record.created_ms)
 
-        return await self._writer.write(job_id, run)
+        record = await self._writer.write(job_id, run)
+        _count(*became)
+        return record
 
     async def request_cancel(self, job_id: str) -> bool:
         """Leave word for the worker that holds the job; its next renewal finds it if nothing else tells it.
@@ -249,7 +259,10 @@ class Store(Reader):
         final; if it becomes terminal (too many of them) there is no claim.
         """
 
+        became: list[Status] = []
+
         async def run(connection: AsyncConnection) -> Claim | Busy | None:
+            became.clear()  # as in `amend`
             clock = (await connection.execute(select(now_ms()))).scalar_one()
             row = (
                 (await connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update())).mappings().first()
@@ -269,11 +282,14 @@ class Store(Reader):
                 "strikes": row["strikes"] + 1, "event_seq": seq, "doc": to_json(job), "ended_ms": _ended_ms(job),
             }  # fmt: skip
             await connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
+            became.extend({job.status} - {row["status"]})
             if job.terminal:
                 return None
             return Claim(job=job, owner=record.owner, epoch=epoch, event_seq=seq, finalized=record.finalized)
 
-        return await self._writer.write(job_id, run, patient=True)
+        claim = await self._writer.write(job_id, run, patient=True)
+        _count(*became)
+        return claim
 
     async def write(self, claim: Claim, write: Write, *, after_seq: int) -> None:
         """Commit one step of a claimed job. Waits while the database is away. Raises `Fenced`.
@@ -324,6 +340,7 @@ class Store(Reader):
             await self._append(connection, job, write.events)
 
         await self._writer.write(job.id, run, patient=True)
+        _count(*({values["status"]} - {Status.PROCESSING}))
 
     async def renew(self, claim: Claim, *, lease_s: float, job: Job | None) -> bool:
         """Extend the lease, and note the progress in `job` unless it holds something not yet committed (None).
@@ -370,6 +387,12 @@ class Store(Reader):
             .group_by(turns.c.session_id)
         )
         return dict((await connection.execute(query)).all())
+
+
+def _count(*became: Status) -> None:
+    """Changes of a status, once they are committed."""
+    for status in became:
+        metrics.jobs.labels(status=status).inc()
 
 
 def _ended_ms(job: Job) -> now_ms | None:

@@ -11,6 +11,8 @@ from contextlib import AsyncExitStack
 from math import isinf
 from typing import Literal
 
+import structlog
+
 from service.core import protocol
 from service.core.coverage import resume_from
 from service.core.job import Closed, Failure, Session, Stage
@@ -25,6 +27,8 @@ from service.transcription.control import Outcome, Work
 from service.transcription.sender import Sender, Source
 
 CLOSE_SECONDS = 2.0
+
+log = structlog.get_logger(__name__)
 
 
 class ChannelStream:
@@ -126,11 +130,13 @@ class ChannelStream:
         self._losses += 1
         self._tell_lost(end, delay)
         if self._session is not None:
-            metrics.upstream_reconnects.inc()
+            metrics.upstream_reconnects.labels(code=str(end.code or end.kind)).inc()
         await self._pause(delay, Stage.RECONNECTING)
         return None
 
     def _tell_lost(self, end: SessionEnd, retry_in_s: float | None) -> None:
+        session_id = None if self._session is None else self._session.id
+        log.warning("session lost", session_id=session_id, end=end.kind, code=end.code, retry_in_s=retry_in_s)
         closed = Closed(end.code, end.reason or end.kind.replace("_", " "))
         # A peer that refuses every minute for a quarter of an hour is told of once.
         if self._session is not None or closed != self._last_told or retry_in_s is None:
@@ -232,6 +238,7 @@ class ChannelStream:
             offset_ms=position_ms,
         )
         metrics.upstream_sessions.inc()
+        log.info("session began", session_id=session.id, offset_ms=position_ms)
         work.recorder.session_begin(session)
         work.recorder.stage(Stage.STREAMING)
         return session
@@ -322,5 +329,7 @@ class ChannelStream:
         if self._sender is not None:
             self._sender.stop()
         session, stopped = self._session, self._conversation.reason in ("cancel", "drain", "failed")
+        if session is not None:
+            log.info("session left", session_id=session.id, sent_ms=session.sent_ms)
         if session is not None and session.closed is None and stopped:
             session.closed = Closed(None, "left before Termination came")
