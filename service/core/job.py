@@ -276,8 +276,8 @@ def make_event(
 
 
 # What is told over the bus only, never kept and never shown: the rows are gone, please stop, somebody has begun to
-# listen.
-DELETED, CANCEL, LISTENING = "deleted", "cancel", "listening"
+# listen, the log has an event that was too large for the bus.
+DELETED, CANCEL, LISTENING, BEHIND = "deleted", "cancel", "listening", "behind"
 
 
 def hint(job_id: str, kind: str) -> Event:
