@@ -24,6 +24,7 @@ from service.telemetry import bind, metrics
 from service.transcription import LEASE_SECONDS, Control
 
 RECONCILE_SECONDS = 5.0
+RETRY_SECONDS = 1.0
 CLAIM_SECONDS = 0.04  # between two claims: what a claim costs at its beginning must not look like lasting load
 LAST_WORDS_SECONDS = 2.0  # of the drain, kept for writing down what came
 
@@ -79,15 +80,20 @@ class Worker:
             while not self._has_room():
                 self._freed.clear()
                 await self._freed.wait()
-            delivery = await self._runtime.queue.next()
-            if not self._has_room():  # the guard has closed meanwhile
-                await delivery.give_back(1)
+            try:
+                delivery = await self._runtime.queue.next()
+            except Exception:
+                log.exception("the queue brings nothing; trying again")
+                await self._runtime.clock.sleep(RETRY_SECONDS)
                 continue
             async with self._starting:
-                if self._draining:
-                    return  # whoever takes the jobs next finds it in the database
                 try:
-                    await self._start(delivery)
+                    if self._draining:
+                        return await delivery.give_back()
+                    if self._has_room():
+                        await self._start(delivery)
+                    else:  # the guard has closed meanwhile
+                        await delivery.give_back(RETRY_SECONDS)
                 except Exception:
                     log.exception("job not begun; the reconciler will ring again", job_id=delivery.job_id)
             await self._runtime.clock.sleep(CLAIM_SECONDS)
@@ -137,8 +143,12 @@ class Worker:
     async def _work(self, claim: Claim, delivery: Delivery, control: Control, slots: int) -> None:
         try:
             with bind(job_id=claim.job.id), metrics.streams.track_inprogress():
-                await self._runtime.transcriber.transcribe(claim, control)
-            await delivery.done()
+                end = await self._runtime.transcriber.transcribe(claim, control)
+            if end.kind == "over":
+                await delivery.done()
+            elif end.kind == "handed_back":
+                await delivery.give_back(end.delay_s)
+            # Dropped: what is delivered belongs to the new owner, who alone may answer for it.
         except Exception:
             log.exception("job dropped; its lease will run out", job_id=claim.job.id)
         finally:

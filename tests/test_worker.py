@@ -1,13 +1,143 @@
-"""The worker, where the database answers some questions and not others."""
+"""The worker: what it answers its queue, and what it does where the database answers some questions and not others."""
 
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from service.backends.memory import MemoryQueue
 from service.core.errors import Unavailable
+from service.core.job import Claim
 from service.intake import Intake
-from tests.kit import running, spoken
+from service.pacer import Pacer
+from service.ports import Clock, Delivery
+from service.runtime import database_url
+from service.sandbox import faults as f
+from service.store import Store, open_store
+from service.worker import Worker, start_worker
+from tests.doubles import start
+from tests.kit import Kit, eventually, running, spoken
 from tests.marked import marked_wav, words
+from tests.test_faults import plan
+
+# --- workers beside each other ---------------------------------------------------------------------------------------
+
+
+class Noted:
+    """A delivery, and what was answered to it."""
+
+    def __init__(self, inner: Delivery) -> None:
+        self.job_id = inner.job_id
+        self.answers: list[str] = []
+        self.extended = 0
+        self._inner = inner
+
+    async def extend(self) -> None:
+        self.extended += 1
+        await self._inner.extend()
+
+    async def done(self) -> None:
+        self.answers.append("done")
+        await self._inner.done()
+
+    async def give_back(self, delay_s: float = 0) -> None:
+        self.answers.append("at once" if not delay_s else "later")
+        await self._inner.give_back(delay_s)
+
+
+class NotedQueue(MemoryQueue):
+    """Keeps its deliveries; raises the first `failures` times it is asked."""
+
+    failures = 0
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.deliveries: list[Noted] = []
+
+    async def next(self) -> Delivery:
+        if self.failures:
+            self.failures -= 1
+            raise Unavailable
+        delivery = Noted(await super().next())
+        self.deliveries.append(delivery)
+        return delivery
+
+
+@dataclass
+class Node:
+    """A worker with a connection and a queue of its own."""
+
+    worker: Worker
+    queue: NotedQueue
+    store: Store
+
+
+@asynccontextmanager
+async def node(kit: Kit, failures: int = 0, **transcriber: Any) -> AsyncIterator[Node]:
+    """Another worker on the database of `kit`; fields of its transcriber may be named."""
+    runtime = kit.runtime
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(database_url(runtime.settings)))
+        queue = NotedQueue(runtime.clock)
+        queue.failures = failures
+        changed = replace(runtime.transcriber, store=store, pacer=Pacer(runtime.clock), **transcriber)
+        worker = await start_worker(replace(runtime, store=store, queue=queue, transcriber=changed), stack)
+        yield Node(worker, queue, store)
+
+
+@asynccontextmanager
+async def idle(tmp_path: Path, **options: Any) -> AsyncIterator[Kit]:
+    """A kit whose own worker takes nothing."""
+    async with running(tmp_path, **options) as kit:
+        await kit.worker.drain()
+        yield kit
+
+
+# --- what the queue is answered --------------------------------------------------------------------------------------
+
+
+async def test_a_delivery_is_done_when_its_job_is_over_though_the_queue_was_away(tmp_path: Path) -> None:
+    async with idle(tmp_path) as kit, node(kit, failures=2) as worker:
+        _, events = await kit.run(marked_wav(1600))
+        assert spoken(events) == words(8)
+        await eventually(lambda: worker.queue.deliveries[0].answers == ["done"])
+
+
+async def test_a_job_that_finds_no_capacity_is_given_back_for_later(tmp_path: Path) -> None:
+    faults = plan(f.ErrorFrame(name="too_many", on="open"))
+    async with idle(tmp_path, faults=faults) as kit, node(kit) as worker:
+        job = await kit.submit(marked_wav(400))
+        await eventually(lambda: bool(kit.sandbox.knocks))
+        await eventually(lambda: worker.queue.deliveries[0].answers == ["later"])
+        assert worker.queue.deliveries[0].job_id == job.id
+
+
+async def test_a_drain_gives_back_what_runs_and_what_comes(tmp_path: Path) -> None:
+    async with idle(tmp_path) as kit, node(kit) as worker:
+        job = await kit.submit(marked_wav(6000))
+        await kit.follow(job.id, until="turn.final")
+        await worker.worker.drain()
+        assert worker.queue.deliveries[0].answers == ["at once"]
+        await eventually(lambda: len(worker.queue.deliveries) == 2)
+        await eventually(lambda: worker.queue.deliveries[1].answers == ["at once"])
+
+
+async def test_a_worker_that_lost_its_job_answers_nothing(tmp_path: Path) -> None:
+    """The message it was given is the new owner's by now."""
+    async with idle(tmp_path) as kit, node(kit) as worker:
+        job = await kit.submit(marked_wav(20_000))
+        await kit.follow(job.id, until="turn.final")
+        await kit.runtime.store.expire_leases()
+        assert isinstance(await kit.runtime.store.claim(job.id, lease_s=60, begin=start), Claim)
+        await eventually(lambda: not worker.worker._running)
+        assert worker.queue.deliveries[0].answers == []
+        assert worker.queue.deliveries[0].job_id == job.id
+
+
+# --- a database that answers some questions --------------------------------------------------------------------------
 
 
 async def test_a_claim_that_cannot_be_told_of_is_worked_on_all_the_same(

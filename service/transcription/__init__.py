@@ -1,8 +1,8 @@
 """Transcribing one claimed job: validate the stored audio, pace it out, take the turns in, keep and tell them,
 finish. FLOOR 3.
 
-`transcribe` returns when the claim is over: the job is completed, failed or canceled, or back in the queue (drain, no
-capacity). `Fenced` means that somebody else has the job: everything is dropped without a word. Whatever else goes
+`transcribe` returns when the claim is over and says how: the job is completed, failed or canceled, or back in the queue
+(drain, no capacity), or somebody else has it (`Fenced`): then everything is dropped without a word. Whatever else goes
 wrong ends the job as `internal`, with what was kept.
 """
 
@@ -21,7 +21,7 @@ from service.core.wav import WavInfo, WavParser
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, Upstream
 from service.store import Store
-from service.transcription.control import Control, Outcome, SessionGate, StartLine, Work
+from service.transcription.control import Control, End, Outcome, SessionGate, StartLine, Work
 from service.transcription.recorder import Recorder
 from service.transcription.stream import ChannelStream
 
@@ -51,7 +51,7 @@ class Transcriber:
     gate: SessionGate
     patience_s: float
 
-    async def transcribe(self, claim: Claim, control: Control) -> None:
+    async def transcribe(self, claim: Claim, control: Control) -> End:
         """Work on `claim` until it is over."""
         recorder = Recorder(claim, self.store, self.bus, self.clock)
         try:
@@ -59,13 +59,15 @@ class Transcriber:
                 writing = group.create_task(recorder.run(), name="recorder")
                 beating = group.create_task(self._beat(recorder, control), name="heartbeat")
                 hearing = group.create_task(self._hear(recorder, control), name="control")
-                await self._work(recorder, control)
+                end = await self._work(recorder, control)
                 recorder.close()
                 await writing
                 beating.cancel()
                 hearing.cancel()
         except* Fenced:
             log.info("claim lost", job_id=claim.job.id, epoch=claim.epoch)
+            end = End("dropped")
+        return end
 
     async def _beat(self, recorder: Recorder, control: Control) -> None:
         while True:
@@ -82,7 +84,7 @@ class Transcriber:
                 elif event.type == LISTENING:
                     recorder.tell_again()
 
-    async def _work(self, recorder: Recorder, control: Control) -> None:
+    async def _work(self, recorder: Recorder, control: Control) -> End:
         job = recorder.job
         self._mourn(recorder)
         streams: list[int | None] = channels(job)
@@ -107,7 +109,7 @@ class Transcriber:
                 "internal", "The service failed on this job; what was transcribed is kept. Retry it.", True
             )
             outcomes = [Outcome("failed", failure)]
-        self._conclude(recorder, control, outcomes)
+        return self._conclude(recorder, control, outcomes)
 
     def _mourn(self, recorder: Recorder) -> None:
         """Sessions that a dead worker left open are lost; say so once."""
@@ -146,7 +148,7 @@ class Transcriber:
             tasks = [group.create_task(one(channel), name=f"channel-{channel}") for channel in streams]
         return [task.result() for task in tasks]
 
-    def _conclude(self, recorder: Recorder, control: Control, outcomes: list[Outcome]) -> None:
+    def _conclude(self, recorder: Recorder, control: Control, outcomes: list[Outcome]) -> End:
         job = recorder.job
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         waits = [outcome.delay_s for outcome in outcomes if outcome.kind == "no_capacity"]
@@ -156,10 +158,10 @@ class Transcriber:
             status, error = Status.FAILED, failures[0]
         elif waits:
             recorder.release(not_before_s=self.clock.real(max(waits)))  # on the database's clock
-            return
+            return End("handed_back", max(waits))
         elif control.stop:
             recorder.release(not_before_s=0)
-            return
+            return End("handed_back")
         else:
             status, error = Status.COMPLETED, None
         recorder.finish(
@@ -172,3 +174,4 @@ class Transcriber:
                 channels=channels(job),
             ),
         )
+        return End("over")

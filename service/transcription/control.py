@@ -108,6 +108,13 @@ class StartLine:
                 go(now + (position - first) / 1000)
 
 
+class End(msgspec.Struct, frozen=True):
+    """How a claim ended: the job is over, handed back until in `delay_s`, or dropped for somebody else to take."""
+
+    kind: Literal["over", "handed_back", "dropped"]
+    delay_s: float = 0.0
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """How a channel's streaming ended: all of it done, stopped as asked, to be tried later, or failed."""
 
