@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from service.runtime import SystemClock
 from service.store import Store, migrate, open_store
+from tests.engines.postgres import Postgres
 
 settings.register_profile("turnwire", deadline=None)  # two busy cores: how long one example takes says nothing
 settings.load_profile("turnwire")
@@ -37,10 +38,41 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(migrated: Path, tmp_path: Path) -> str:
+def sqlite_database(migrated: Path, tmp_path: Path) -> str:
     """The URL of an empty database."""
     shutil.copy(migrated, tmp_path / "turnwire.db")
     return f"sqlite+aiosqlite:///{tmp_path / 'turnwire.db'}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server for all tests that do not hurt it."""
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres: Postgres) -> str:
+    """The name of a database with the schema and nothing in it, to be copied."""
+    name = postgres.create()
+    asyncio.run(migrate(postgres.url(name)))
+    return name
+
+
+@pytest.fixture
+def postgres_database(postgres: Postgres, migrated_postgres: str) -> Iterator[str]:
+    """The URL of an empty database."""
+    name = postgres.create(migrated_postgres)
+    yield postgres.url(name)
+    postgres.drop(name)
+
+
+@pytest.fixture
+def database(sqlite_database: str) -> str:
+    """The URL of an empty database. Suites that run on both kinds have a fixture `database` of their own, by
+    `DATABASES`.
+    """
+    return sqlite_database
 
 
 @pytest.fixture

@@ -7,30 +7,31 @@ anyone is told of it; event numbers have no gaps. Writes are here and go through
 """
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import and_, delete, event, func, make_url, select, update
+from sqlalchemy import and_, delete, func, make_url, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
 from service.store import idempotency, keys, outbox, schema
+from service.store.engines import open_engine
 from service.store.idempotency import Use
+from service.store.migration import migrate, schema_is_current, schema_of
 from service.store.reading import Reader, Record, record_of
 from service.store.schema import events, jobs, now_ms, said, turns, webhooks
 from service.store.writer import Writer
 from service.telemetry import metrics
 
-__all__ = ["MAX_STRIKES", "Busy", "Record", "Store", "Use", "Write", "migrate", "open_store"]
+__all__ = [
+    "MAX_STRIKES", "Busy", "Record", "Store", "Use", "Write", "migrate", "open_store", "schema_is_current", "schema_of",
+]  # fmt: skip
 
 MAX_STRIKES = 3
 
@@ -60,9 +61,8 @@ class Busy:
 @asynccontextmanager
 async def open_store(url: str) -> AsyncIterator["Store"]:
     """Connect, and write until the end of the context."""
-    sqlite = url.startswith("sqlite")
-    write_engine = _engine(url, writing=True)
-    read_engine = _engine(url, writing=False) if sqlite else write_engine
+    sqlite = make_url(url).get_backend_name() == "sqlite"
+    write_engine, read_engine = open_engine(url, writing=True), open_engine(url, writing=False)
     writer = Writer(write_engine)
     task = asyncio.create_task(writer.run(), name="store-writer")
     store = Store(read_engine, writer, insert_ignoring=sqlite_insert if sqlite else pg_insert)
@@ -72,67 +72,8 @@ async def open_store(url: str) -> AsyncIterator["Store"]:
         await store.settle()
         writer.close()
         await task
-        for engine in {read_engine, write_engine}:
+        for engine in (read_engine, write_engine):
             await engine.dispose()
-
-
-def _engine(url: str, *, writing: bool) -> AsyncEngine:
-    if not url.startswith("sqlite"):
-        return create_async_engine(url, pool_size=5, max_overflow=10, pool_pre_ping=True)
-    if writing:
-        engine = create_async_engine(url, poolclass=StaticPool)
-    else:
-        engine = create_async_engine(url, pool_size=4, max_overflow=0)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _connected(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's connection
-        connection.isolation_level = None  # transactions are begun below, not by the driver
-        cursor = connection.cursor()
-        # FULL: a commit survives power loss. The short timeout: the writer itself waits and retries, and must notice
-        # uploads giving up.
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            f"busy_timeout={200 if writing else 5000}",
-            f"query_only={int(not writing)}",
-        ):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def _begin(connection: Any) -> None:  # noqa: ANN401
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
-
-    return engine
-
-
-async def migrate(url: str) -> None:
-    """Bring the schema up to date."""
-    from alembic import command
-    from alembic.config import Config
-
-    if url.startswith("sqlite"):
-        _keep_private(Path(make_url(url).database or ""))
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
-    engine = _engine(url, writing=True)
-    try:
-        async with engine.begin() as connection:
-
-            def upgrade(sync_connection: object) -> None:
-                config.attributes["connection"] = sync_connection
-                command.upgrade(config, "head")
-
-            await connection.run_sync(upgrade)
-    finally:
-        await engine.dispose()
-
-
-def _keep_private(path: Path) -> None:
-    """Whatever the rights of the directory; SQLite gives its other files those of the database."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    for file in path.parent.glob(f"{path.name}*"):
-        file.chmod(0o600)
 
 
 class Store(Reader):

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, and_, func, or_, select, tuple_
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.core.errors import Unavailable
 from service.core.job import Event, Job, Status, Turn, job_from_json, turn_from_json
 from service.core.words import words
+from service.store.failures import Failure, failure
 from service.store.idempotency import Use, lookup
 from service.store.schema import events, jobs, now_ms, peaks, said, turns
 
@@ -153,11 +153,19 @@ class Reader:
     async def _read(self, run: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Raises `Unavailable`."""
 
-        async def read() -> T:
+        async def read(again: bool = True) -> T:
             try:
                 async with self._readers.connect() as connection:
-                    return await run(connection)
-            except (OperationalError, InterfaceError, PoolTimeout) as exc:
+                    try:
+                        return await run(connection)
+                    except TimeoutError:  # whatever is on that connection, nobody waits for it any more
+                        await connection.invalidate()
+                        raise
+            except Exception as exc:
+                if again and isinstance(exc, DBAPIError) and exc.connection_invalidated:
+                    return await read(again=False)  # it had died in the pool; by now all that are as old are dropped
+                if failure(exc) is Failure.WRONG:
+                    raise
                 raise Unavailable from exc
 
         task = asyncio.create_task(read())

@@ -3,9 +3,11 @@
 One writer means that no write is ever cancelled half way and that SQLite never says "locked" to itself; a group means
 that a thousand jobs share one fsync. Operations of one group are taken in job-id order, so that two processes never
 lock rows crosswise. A refusal (an error of ours, raised before anything was written) concerns its operation alone; any
-other failure rolls the group back, and it is tried again operation by operation. While the database is away everything
-waits in line in its order: patient operations (those of running jobs) until it is back, impatient ones (uploads,
-requests) until they fail with `Unavailable`, or at once with `StorageFull`.
+other failure rolls the group back, and it is tried again operation by operation, so that a faulty one is told to its
+caller and one that met a lock does not hold up the others. While the database is away everything waits in line in its
+order: patient operations (those of running jobs) until it is back, impatient ones (uploads, requests) until they fail
+with `Unavailable`, or at once with `StorageFull`. A commit whose answer was lost is tried again until it is known what
+became of it: each operation must recognise its own work.
 """
 
 import asyncio
@@ -14,10 +16,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.core.errors import StorageFull, TurnwireError, Unavailable
+from service.store.failures import Failure, failure
 from service.telemetry import metrics
 
 T = TypeVar("T")
@@ -26,6 +29,7 @@ Statement = Callable[[AsyncConnection], Awaitable[Any]]
 GROUP = 256
 RETRY_SECONDS = 0.25
 IMPATIENCE_SECONDS = 0.5
+SLOW_SECONDS = 2.0
 
 
 class _Operation:
@@ -85,59 +89,93 @@ class Writer:
                 group = [self._waiting.popleft() for _ in range(min(GROUP, len(self._waiting)))]
                 group.sort(key=lambda operation: operation.job_id)  # stable: one job's writes keep their order
                 try:
-                    await self._commit(group)
+                    left = await self._commit_watched(group)
+                    error: Exception = Unavailable()
                 except Exception as exc:  # noqa: BLE001 - the database is away
-                    self._waiting.extendleft(reversed(group))
-                    self._give_up(exc)
+                    left, error = group, exc
+                if left:
+                    self._waiting.extendleft(reversed(left))
+                    self._give_up(full=failure(error) is Failure.FULL)
                     await asyncio.sleep(RETRY_SECONDS)  # real time: it does not run on a test's clock
         finally:
             self._closing = True
-            self._give_up(Unavailable())
+            self._give_up(full=False)
 
     def close(self) -> None:
         """Let `run` return when all is written."""
         self._closing = True
         self._wake.set()
 
-    async def _commit(self, group: list[_Operation]) -> None:
-        """Commit together or, where that fails, one by one. Raises only what says that the database is away."""
+    async def _commit_watched(self, group: list[_Operation]) -> list[_Operation]:
+        """As `_commit`; while the database takes long to answer, the impatient behind this group give up."""
+        committing = asyncio.create_task(self._commit(group))
+        while not (await asyncio.wait({committing}, timeout=SLOW_SECONDS))[0]:
+            self._give_up(full=False)
+        return committing.result()
+
+    async def _commit(self, group: list[_Operation]) -> list[_Operation]:
+        """Commit together or, where that fails, one by one; returns those that somebody else was in the way of.
+
+        Raises only what says that the database is away.
+        """
         group = [operation for operation in group if not operation.done.done()]
         if not group:
-            return
+            return []
         try:
             await self._transact(group)
         except Exception as exc:
-            if _is_away(exc):
+            what = failure(exc)
+            if what in (Failure.AWAY, Failure.FULL):
                 raise
-            if len(group) == 1:
-                group[0].tell(exc)
-                return
-            for operation in group:
-                await self._commit([operation])
+            if len(group) > 1:
+                return await self._commit_one_by_one(group)
+            if what is Failure.CONTENDED:
+                return group
+            group[0].tell(exc)
+        return []
+
+    async def _commit_one_by_one(self, group: list[_Operation]) -> list[_Operation]:
+        left: list[_Operation] = []
+        for operation in group:
+            if any(operation.job_id == before.job_id for before in left):  # writes of one job keep their order
+                left.append(operation)
+            else:
+                left += await self._commit([operation])
+        return left
 
     async def _transact(self, group: list[_Operation]) -> None:
         began = time.perf_counter()
         results: list[object] = []
-        async with self._engine.begin() as connection:
-            for operation in group:
-                try:
-                    results.append(await operation.run(connection))
-                except TurnwireError as refusal:
-                    results.append(refusal)
+        async with self._engine.connect() as connection:
+            try:
+                for operation in group:
+                    try:
+                        results.append(await operation.run(connection))
+                    except TurnwireError as refusal:
+                        results.append(refusal)
+                await self._end(connection, group)
+            except TimeoutError:  # whatever is on that connection, nobody waits for it any more
+                await connection.invalidate()
+                raise
         metrics.commit_seconds.observe(time.perf_counter() - began)
         for operation, result in zip(group, results, strict=True):
             operation.tell(result)
 
-    def _give_up(self, exc: Exception) -> None:
+    @staticmethod
+    async def _end(connection: AsyncConnection, group: list[_Operation]) -> None:
+        try:
+            await connection.commit()
+        except Exception as exc:
+            if isinstance(exc, OSError) or (isinstance(exc, DBAPIError) and exc.connection_invalidated):
+                # It may have gone through. Who was told "unavailable" now would undo what is there.
+                for operation in group:
+                    operation.deadline = float("inf")
+            raise
+
+    def _give_up(self, *, full: bool) -> None:
         """Tell those who cannot wait any longer; keep the others in line."""
-        full = "disk is full" in str(exc) or "disk full" in str(exc)
         now = time.monotonic()
         for operation in self._waiting:
             if self._closing or now >= operation.deadline or (full and operation.deadline < float("inf")):
                 operation.tell(StorageFull() if full else Unavailable())
         self._waiting = deque(operation for operation in self._waiting if not operation.done.done())
-
-
-def _is_away(exc: Exception) -> bool:
-    gone = isinstance(exc, DBAPIError) and exc.connection_invalidated
-    return gone or isinstance(exc, OperationalError | InterfaceError | OSError)

@@ -1,14 +1,12 @@
 """The contract of the store: what is claimed, fenced, kept and counted, and what happens while the database is away.
 
-Runs on every database of `DATABASES`; another is added by naming it there and giving its URL in the fixture `database`.
+Runs on both databases; what concerns one kind alone asks for the fixture of that kind.
 """
 
 import asyncio
-import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
 
@@ -25,16 +23,14 @@ from service.core.job import Claim, Event, Job, Status
 from service.store import MAX_STRIKES, Busy, Record, Store, Use, Write, migrate, open_store
 from service.store.schema import idempotency, metadata
 from tests.doubles import CREATED_MS, a_job, a_session, a_turn, add_job, an_event, append, start, until
+from tests.engines.postgres import connect
 
-DATABASES = ["sqlite"]
 
-
-@pytest.fixture(params=DATABASES)
-def database(request: pytest.FixtureRequest, migrated: Path, tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest) -> str:
     """The URL of an empty database of each kind."""
-    assert request.param == "sqlite"
-    shutil.copy(migrated, tmp_path / "turnwire.db")
-    return f"sqlite+aiosqlite:///{tmp_path / 'turnwire.db'}"
+    url: str = request.getfixturevalue(f"{request.param}_database")
+    return url
 
 
 async def claim(store: Store, job_id: str = "j1", *, lease_s: float = 60) -> Claim:
@@ -658,21 +654,30 @@ async def test_reading_while_writing_sees_whole_steps(store: Store) -> None:
 # --- while the database is away --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def locked(url: str) -> Iterator[None]:
-    """Somebody else holds the write lock."""
-    connection = sqlite3.connect(url.removeprefix("sqlite+aiosqlite:///"), isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    finally:
-        connection.close()
+@asynccontextmanager
+async def locked(url: str) -> AsyncIterator[None]:
+    """Somebody else holds every lock that a write wants."""
+    if url.startswith("postgresql"):
+        other = await connect(url)
+        try:
+            await other.execute("BEGIN; LOCK TABLE jobs, events, idempotency, api_keys IN SHARE MODE")
+            yield
+        finally:
+            await other.close()
+    else:
+        connection = sqlite3.connect(url.removeprefix("sqlite+aiosqlite:///"), isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            connection.close()
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # PostgreSQL locks no more than rows
 async def test_while_it_is_locked_the_impatient_fail_soon_and_the_patient_wait(store: Store, database: str) -> None:
     await add_job(store)
     held = await claim(store)
-    with locked(database):
+    async with locked(database):
         waiting = asyncio.create_task(write(store, held, an_event("j1", 3, "turn.final"), after=2, turns=[a_turn()]))
         renewing = asyncio.create_task(store.renew(held, lease_s=60, job=None))
         await until(lambda: not store._writer._waiting)  # the patient are first in line
@@ -703,7 +708,7 @@ async def test_who_leaves_the_line_takes_an_impatient_write_along_but_not_a_pati
 ) -> None:
     await add_job(store)
     held = await claim(store)
-    with locked(database):
+    async with locked(database):
         patient = asyncio.create_task(write(store, held, an_event("j1", 3), after=2))
         impatient = asyncio.create_task(add_job(store, "j2"))
         await until(lambda: len(store._writer._waiting) == 2)
@@ -715,6 +720,7 @@ async def test_who_leaves_the_line_takes_an_impatient_write_along_but_not_a_pati
     assert await store.get("j2") is None
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_commit_survives_a_power_cut(store: Store) -> None:
     async def run(connection: Any) -> list[Any]:
         return [
@@ -725,7 +731,7 @@ async def test_a_commit_survives_a_power_cut(store: Store) -> None:
 
 
 async def test_a_short_lock_is_not_noticed(store: Store, database: str) -> None:
-    with locked(database):
+    async with locked(database):
         creating = asyncio.create_task(add_job(store))
         await until(lambda: bool(store._writer._waiting))  # tried once, back in line
     async with asyncio.timeout(5):
@@ -739,18 +745,19 @@ async def test_closing_while_it_is_locked_does_not_hang(database: str) -> None:
             await add_job(store)
             held = await claim(store)
             lock = locked(database)
-            lock.__enter__()
+            await lock.__aenter__()
             waiting = asyncio.create_task(write(store, held, an_event("j1", 3), after=2))
             await until(lambda: bool(store._writer._waiting))
         with pytest.raises(Unavailable):
             await waiting
-        lock.__exit__(None, None, None)
+        await lock.__aexit__(None, None, None)
     async with open_store(database) as store:
         assert [seq for seq, _ in await log(store)] == [1, 2]
     with pytest.raises(Unavailable):
         await add_job(store, "j2")
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_full_disk_is_said_at_once_and_the_patient_wait(store: Store, database: str) -> None:
     await add_job(store)
     held = await claim(store)
@@ -800,11 +807,12 @@ async def test_what_is_there_when_migrating_can_be_searched(database: str) -> No
         await add_job(store, "j1", filename="old.wav")
         held = await claim(store)
         await write(store, held, an_event("j1", 3), after=2, turns=[a_turn(0, text="Said before."), a_turn(1)])
-    with sqlite3.connect(database.partition("///")[2]) as connection:
+    engine = create_async_engine(database)
+    async with engine.begin() as connection:
         for table in ("said", "idempotency", "peaks", "api_keys", "own_secrets"):
-            connection.execute(f"DROP TABLE {table}")
-        connection.execute("UPDATE alembic_version SET version_num = '0002'")
-    connection.close()
+            await connection.exec_driver_sql(f"DROP TABLE {table}")
+        await connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")
+    await engine.dispose()
     await migrate(database)
     async with open_store(database) as store:
         for q in ("said", "hello before", "old"):

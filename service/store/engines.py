@@ -1,0 +1,101 @@
+"""Connections: to SQLite one that writes and some that read, to PostgreSQL a pool for each. FLOOR 2, part of the store.
+
+Nothing here waits for long: a server that is unreachable, frozen or cut off is noticed in seconds, and a process that
+is frozen in the middle of a transaction loses its locks to the others.
+"""
+
+import socket
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import URL, event, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+# With these a process holds at most five connections; PostgreSQL gives a hundred where nobody says otherwise.
+READERS = 4
+CONNECT_SECONDS = 3.0
+SILENCE_SECONDS = 5.0  # without an acknowledgement of what was sent: the other side is gone
+COMMAND_SECONDS = 5.0  # of one statement: the other side is frozen
+# For the case that this process is the one that is frozen or cut off; told to the server, which then ends the session.
+SESSION = {
+    "application_name": "turnwire",
+    "lock_timeout": "500ms",
+    "idle_in_transaction_session_timeout": "5s",
+    "tcp_user_timeout": "5s",
+}
+
+
+def open_engine(url: str, *, writing: bool, command_seconds: float | None = COMMAND_SECONDS) -> AsyncEngine:
+    """For one writer, or for readers. Connects when it is first used."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return _sqlite(parsed, writing=writing)
+    return _postgresql(parsed, writing, command_seconds)
+
+
+def _postgresql(url: URL, writing: bool, command_seconds: float | None) -> AsyncEngine:
+    options: dict[str, Any] = {"timeout": CONNECT_SECONDS, "command_timeout": command_seconds}
+    query = dict(url.query)
+    if "sslmode" in query:  # as every other client of PostgreSQL calls it
+        query["ssl"] = query.pop("sslmode")
+    if {query.pop(name, "") for name in ("statement_cache_size", "prepared_statement_cache_size")} != {""}:
+        # A pooler that hands each transaction to another server connection knows no statement prepared before, no name
+        # twice, and no parameters of a session.
+        options |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+        options["prepared_statement_name_func"] = lambda: f"turnwire_{uuid4().hex}"
+    else:
+        options["server_settings"] = SESSION
+    # No ping before each use: who finds a connection dead tries again on a new one (`Reader._read`, `Writer`).
+    engine = create_async_engine(
+        url.set(query=query),
+        pool_size=1 if writing else READERS,
+        max_overflow=0,
+        pool_timeout=CONNECT_SECONDS,
+        connect_args=options,
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _connected(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's connection
+        transport = connection.driver_connection._transport  # noqa: SLF001 - asyncpg has no setting for this
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (
+                ("TCP_KEEPIDLE", 5),
+                ("TCP_KEEPINTVL", 2),
+                ("TCP_KEEPCNT", 3),
+                ("TCP_USER_TIMEOUT", int(SILENCE_SECONDS * 1000)),
+            ):
+                if hasattr(socket, name):  # Linux has them all
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    return engine
+
+
+def _sqlite(url: URL, *, writing: bool) -> AsyncEngine:
+    if writing:
+        engine = create_async_engine(url, poolclass=StaticPool)
+    else:
+        engine = create_async_engine(url, pool_size=READERS, max_overflow=0)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _connected(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's connection
+        connection.isolation_level = None  # transactions are begun below, not by the driver
+        cursor = connection.cursor()
+        # FULL: a commit survives power loss. The short timeout: the writer itself waits and retries, and must notice
+        # uploads giving up.
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            f"busy_timeout={200 if writing else 5000}",
+            f"query_only={int(not writing)}",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: Any) -> None:  # noqa: ANN401
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+    return engine
