@@ -22,11 +22,13 @@ from service.core.job import (
     CANCEL,
     DELETED,
     Audio,
+    Closed,
     Event,
     Failure,
     Job,
     Notice,
     Progress,
+    Session,
     Stage,
     Status,
     channels,
@@ -43,6 +45,8 @@ from service.ports import BlobStore, Bus, Clock, JobQueue
 from service.store import MAX_STRIKES, Record, Store, Use, Write
 
 log = structlog.get_logger(__name__)
+
+WORKER_GONE = "the worker of this job was gone"
 
 
 class Upload(Protocol):
@@ -307,20 +311,34 @@ def begin_claim(clock: Clock, record: Record, strikes: int) -> tuple[Job, list[E
     """
     job, now, seq = record.job, clock.utc_ms(), record.event_seq
     if record.cancel_requested:
+        _bury(job)
         _end(record, Status.CANCELED, now)
         return job, [make_event(job.id, seq + 1, "job.canceled", now, {"job": job})]
     if strikes >= MAX_STRIKES:
+        lost = [
+            make_event(job.id, seq + n, "session.lost", now,
+                       {"session_id": session.id, "code": None, "reason": WORKER_GONE, "retry_in_ms": None})
+            for n, session in enumerate(_bury(job), 1)
+        ]  # fmt: skip
         _end(record, Status.FAILED, now)
         job.error = Failure(
             "too_many_attempts",
             f"{strikes} attempts in a row ended with the worker gone and no new turn. Retry the job to try again.",
             True,
         )
-        return job, [make_event(job.id, seq + 1, "job.failed", now, {"job": job})]
+        return job, [*lost, make_event(job.id, seq + len(lost) + 1, "job.failed", now, {"job": job})]
     job.attempt += 1
     job.started_at = job.started_at or rfc3339(now)
     job.status, job.stage = Status.PROCESSING, Stage.VALIDATING
     return job, [make_event(job.id, seq + 1, "job.status", now, {"status": job.status, "stage": job.stage})]
+
+
+def _bury(job: Job) -> list[Session]:
+    """The sessions that dead workers left open, closed now."""
+    left = [session for session in job.sessions if session.closed is None]
+    for session in left:
+        session.closed = Closed(None, WORKER_GONE)
+    return left
 
 
 def _end(record: Record, status: Status, now: int) -> None:

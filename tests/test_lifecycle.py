@@ -223,6 +223,11 @@ async def test_a_job_that_kills_its_worker_again_and_again_fails(tmp_path: Path)
         events = await kit.follow(job_id)
         assert events[-1]["type"] == "job.failed"
         assert events[-1]["job"]["error"]["code"] == "too_many_attempts"
+        lost = [event for event in events if event["type"] == "session.lost"]
+        begun_ids = [event["session_id"] for event in events if event["type"] == "session.begin"]
+        assert [event["session_id"] for event in lost] == begun_ids
+        assert [event["retry_in_ms"] for event in lost] == [0, 0, None]
+        assert all(session["closed"] for session in events[-1]["job"]["sessions"])
         await kit.runtime.intake.retry(job_id, from_start=False)
         assert (await kit.follow(job_id))[-1]["type"] == "job.completed"
 
