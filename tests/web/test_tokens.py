@@ -114,9 +114,9 @@ async def test_every_bit_of_a_token_counts() -> None:
 
 async def test_how_long(keyed: Served) -> None:
     job_id = await a_job(keyed)
-    for seconds in (1, 86_400):
+    for seconds in (60, 86_400):
         assert await token(keyed, job_id, expires_in=seconds)
-    for wrong in (0, -1, 86_401, 1.5, "60", True, None, [60]):
+    for wrong in (0, -1, 59, 86_401, 1.5, "60", True, None, [60]):
         answer = await keyed.http.post(f"/jobs/{job_id}/token", json={"expires_in": wrong}, headers=AS_ALICE)
         refused(answer, "bad_option")
     answer = await keyed.http.post(f"/jobs/{job_id}/token", json={"expires": 60}, headers=AS_ALICE)
