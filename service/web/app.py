@@ -5,7 +5,6 @@ that what holds for every response. `create_worker_app` is what a worker shows o
 runtime is opened by whoever serves; nothing here starts or ends it.
 """
 
-import asyncio
 from collections.abc import Sequence
 
 from fastapi import FastAPI
@@ -16,6 +15,7 @@ from service.runtime import Runtime
 from service.web import deliveries, documents, events, jobs, ops, pages, problems, tokens, transcripts
 from service.web.auth import Authenticator, Guard
 from service.web.edge import Edge, Linger
+from service.web.limits import Uploads
 
 
 def create_app(runtime: Runtime) -> ASGIApp:
@@ -23,7 +23,7 @@ def create_app(runtime: Runtime) -> ASGIApp:
     modules = (jobs, events, transcripts, tokens, deliveries, ops, documents, pages)
     routes = [route for module in modules for route in module.router.routes]
     app = _application(runtime, routes)
-    app.state.uploads = asyncio.Semaphore(jobs.MAX_UPLOADS)
+    app.state.uploads = Uploads()
     documents.install(app, routes)
     pages.install(app)
     return _guarded(app, runtime)

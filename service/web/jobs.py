@@ -1,8 +1,7 @@
 """Jobs over HTTP: upload, list, look at, wait for, cancel, retry, delete. FLOOR 5.
 
 A handler parses, calls one use case and renders. The upload's body is never held: its pieces go through
-`intake.accept` as they arrive, and what is wrong with them is said at the first byte that shows it. At most
-`MAX_UPLOADS` are received at once; each may hold a piece of 1 MiB.
+`intake.accept` as they arrive, and what is wrong with them is said at the first byte that shows it.
 """
 
 import asyncio
@@ -26,11 +25,11 @@ from service.store import Record
 from service.telemetry import metrics
 from service.web.context import Owner, OwnJob, Services, has_etag, preferred, read_json
 from service.web.events import NDJSON, SSE, stream
+from service.web.limits import Uploads
 from service.web.problems import not_found
 from service.web.schemas import UPLOAD, json_answer, problem_answers
 from service.web.upload import ClientDisconnected, UploadBody
 
-MAX_UPLOADS = 128
 MAX_WAIT_SECONDS = 60
 JSON = "application/json"
 REPLAYED = "Idempotency-Replayed"
@@ -97,14 +96,10 @@ def wants_events(accept: str) -> bool:
 
 
 async def _accept(request: Request, runtime: Runtime, owner: str, key: str) -> Accepted:
-    uploads: asyncio.Semaphore = request.app.state.uploads
+    uploads: Uploads = request.app.state.uploads
     try:
-        if uploads.locked():
-            raise CallerError(
-                "rate_limited", f"{MAX_UPLOADS} uploads are being received already. Try again in a moment."
-            )
-        async with uploads:
-            body = UploadBody(request.scope, request.receive, runtime.settings.max_upload_bytes)
+        with uploads.one() as received:
+            body = UploadBody(request.scope, request.receive, runtime.settings.max_upload_bytes, received=received)
             query = request.query_params.multi_items()
             if key:
                 accepted = await runtime.intake.accept_once(

@@ -1,4 +1,4 @@
-"""How much one caller may ask at once: requests per second, and event streams open. FLOOR 5.
+"""How much may be asked at once: requests per second and event streams of one caller, uploads of all. FLOOR 5.
 
 A caller is the name of a key, a token's job, or else an address. The bounds are wide: they stop what has gone wild
 and slow nobody who is at work, a thousand streams that all come back at once included.
@@ -7,13 +7,18 @@ and slow nobody who is at work, a thousand streams that all come back at once in
 import math
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.core.errors import CallerError
 from service.web.problems import problem
 
 PER_SECOND, BURST = 200.0, 4000.0
 MAX_STREAMS = 4000
+MAX_UPLOADS = 128  # each may hold a piece of 1 MiB
+FREE_BYTES = 64 * 1024
 MAX_CALLERS = 10_000  # remembered; who is forgotten begins anew
 
 
@@ -53,3 +58,35 @@ class Limits:
                     del self._streams[caller]
 
         return counted
+
+
+class Uploads:
+    """The uploads being received that hold memory.
+
+    One counts once it has brought `FREE_BYTES`: if every beginning counted, a few that never go on would keep out
+    everybody else.
+    """
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._taken = 0
+
+    @contextmanager
+    def one(self) -> Iterator[Callable[[int], None]]:
+        """An upload, while the context lasts: to be told how many bytes have come. That raises `CallerError`."""
+        counted = False
+
+        def received(size: int) -> None:
+            nonlocal counted
+            if counted or size <= FREE_BYTES:
+                return
+            if self._taken >= MAX_UPLOADS:
+                told = f"{MAX_UPLOADS} uploads are being received already. Try again in a moment."
+                raise CallerError("rate_limited", told)
+            self._taken += 1
+            counted = True
+
+        try:
+            yield received
+        finally:
+            self._taken -= counted

@@ -9,7 +9,7 @@ the file's bytes; around them a multipart body may have 1 MiB.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from python_multipart.exceptions import FormParserError
@@ -53,13 +53,18 @@ class UploadBody:
         max_bytes: int,
         *,
         pace: Pace = Pace(),
+        received: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Raise `CallerError` for what the headers alone show to be wrong."""
+        """Raise `CallerError` for what the headers alone show to be wrong.
+
+        `received` is told of the file's bytes so far, and may raise one too.
+        """
         headers = Headers(scope=scope)
         self.fields: list[tuple[str, str]] = []
         self.filename: str | None = None
         self._source = _Source(receive, pace, _content_length(headers))
         self._max_bytes = max_bytes
+        self._received = received
         self._file_bytes = 0
         self._form = _form(headers)
         self._max_body = max_bytes if self._form is None else max_bytes + MULTIPART_OVERHEAD
@@ -81,6 +86,7 @@ class UploadBody:
             self._file_bytes += len(data)
             if self._file_bytes > self._max_bytes:
                 raise self._too_large()
+            self._received(self._file_bytes)
             yield data
 
     async def _raw(self) -> AsyncIterator[bytes]:

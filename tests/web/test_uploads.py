@@ -14,7 +14,7 @@ import pytest_asyncio
 from service.core.errors import StorageFull
 from service.telemetry import metrics
 from service.web import edge
-from service.web import jobs as web_jobs
+from service.web import limits as web_limits
 from tests.kit import eventually
 from tests.wavs import CASES, WavCase, fmt, riff
 from tests.web.served import Served, head, raw, refused, serving, wav
@@ -258,13 +258,16 @@ async def test_a_client_that_leaves_leaves_nothing(idle: Served) -> None:
 
 
 async def test_uploads_at_once_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_jobs, "MAX_UPLOADS", 2)
-    async with serving(tmp_path) as served, raw(served) as first, raw(served) as second:
+    monkeypatch.setattr(web_limits, "MAX_UPLOADS", 2)
+    async with serving(tmp_path) as served, raw(served) as first, raw(served) as second, raw(served) as third:
         for client in (first, second):
-            client.send(head(MUCH) + wav(1))
-        await eventually(lambda: len(kept(served)) == 2)
-        refused(await served.http.post("/jobs", content=wav()), "rate_limited")
+            client.send(head(MUCH) + wav(4))
+        third.send(head(MUCH) + wav())
+        await eventually(lambda: len(kept(served)) == 3)
+        refused(await served.http.post("/jobs", content=wav(4)), "rate_limited")
+        assert (await served.http.post("/jobs", content=wav())).status_code == 202, "what is small fits in"
         assert (await served.http.get("/jobs")).status_code == 200
-        first.writer.close()
-        await eventually(lambda: len(kept(served)) == 1)
+        for client in (first, third):
+            client.writer.close()
+        await eventually(lambda: len(kept(served)) == 2)  # the one that goes on, and the job's
         assert (await served.http.post("/jobs", content=wav())).status_code == 202
