@@ -83,7 +83,7 @@ class Feed:
             cursor, seen = after, 0
             while True:
                 while cursor < hub.last:
-                    page = hub.tail_after(cursor) or await self._store.events_after(job_id, cursor, PAGE)
+                    page = hub.tail_after(cursor) or await hub.read_after(cursor)
                     if not page:
                         return  # deleted meanwhile
                     yield page
@@ -124,6 +124,7 @@ class _Hub:
         self._final: dict[str, float] = {}  # session → highest turn order that is final
         self._progress: tuple[int, int, Event] | None = None  # version, sent_ms, event
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._reading: dict[int, asyncio.Task[Sequence[Event]]] = {}  # pages of the log that followers wait for
         self._floor = 0  # what followed an older event is of a run that is over, or from before this hub
         self._task = asyncio.create_task(self._listen(), name=f"feed-{job_id}")
 
@@ -135,6 +136,16 @@ class _Hub:
         if first is None or seq + 1 < first:
             return ()
         return [self._tail[i] for i in range(seq + 1 - first, min(len(self._tail), seq + 1 - first + PAGE))]
+
+    async def read_after(self, seq: int) -> Sequence[Event]:
+        """A page of the log; followers who come in a burst share what is being read."""
+        reading = self._reading.get(seq)
+        if reading is None:
+            reading = asyncio.create_task(self._store.events_after(self._job_id, seq, PAGE))
+            self._reading[seq] = reading
+            reading.add_done_callback(lambda task: (self._reading.pop(seq), task.cancelled() or task.exception()))
+        await asyncio.wait([reading])  # which a follower who leaves does not cancel
+        return reading.result()
 
     def current(self, seen: int) -> list[Event]:
         """Partials and progress newer than version `seen`."""
@@ -162,6 +173,8 @@ class _Hub:
     def close(self) -> None:
         """The last follower left."""
         self._task.cancel()
+        for reading in self._reading.values():
+            reading.cancel()
 
     # --- listening ----------------------------------------------------------------------------------------------------
 
