@@ -77,7 +77,8 @@ static void turn(struct peer *p) {
     int final = p->partial == PARTIALS, words = 3 + p->partial * 19 / PARTIALS;
     size_t at = sprintf(text, "{\"type\":\"Turn\",\"turn_order\":%d,\"turn_is_formatted\":%s,\"end_of_turn\":%s,\"transcript\":\"", p->order,
                         final ? "true" : "false", final ? "true" : "false");
-    for (int i = 0; i < words; i++) at += sprintf(text + at, "%sword%d", i ? " " : "", i);
+    at += sprintf(text + at, "at%ld", (long)(now() * 1e6));  // the first word says when it was sent
+    for (int i = 1; i < words; i++) at += sprintf(text + at, " word%d", i);
     at += sprintf(text + at, "\",\"end_of_turn_confidence\":%s,\"words\":[", final ? "0.91" : "0.01");
     for (int i = 0; i < words; i++)
         at += sprintf(text + at, "%s{\"text\":\"word%d\",\"word_is_final\":%s,\"start\":%d,\"end\":%d,\"confidence\":0.98765}", i ? "," : "",
