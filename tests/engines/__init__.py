@@ -44,14 +44,13 @@ class Engine(ABC):
     def ready(self) -> bool:
         """Whether it serves; may raise OSError while it does not."""
 
-    @property
     def running(self) -> bool:
         """Whether there is a process."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Run it on what data there is; returns when it serves."""
-        assert not self.running
+        assert not self.running()
         self.data.mkdir(exist_ok=True)
         # Before the server, so that there is no moment in which it would be left alone.
         self._watchdog = subprocess.Popen(
@@ -67,7 +66,7 @@ class Engine(ABC):
         self._watchdog.stdin.flush()
         deadline = time.monotonic() + READY_SECONDS
         while not self._answers():
-            if not self.running or time.monotonic() > deadline:
+            if not self.running() or time.monotonic() > deadline:
                 raise RuntimeError(f"{self.command()[0]} does not start:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.02)
 

@@ -10,7 +10,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,6 +76,20 @@ class Postgres(Engine):
     def stop(self) -> None:
         """As an administrator does who waits for nobody: sessions are told and ended."""
         self._end(signal.SIGINT)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """SIGSTOP to each of its processes."""
+        assert self._process is not None
+        first = str(self._process.pid)
+        sessions = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        for pid in (first, *sessions):
+            os.kill(int(pid), signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in (first, *sessions):
+                os.kill(int(pid), signal.SIGCONT)
 
     def url(self, name: str = "postgres") -> str:
         """Of a database, as `TURNWIRE_DATABASE_URL` wants it."""
