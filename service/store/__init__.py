@@ -204,10 +204,10 @@ class Store(Reader):
 
         async def run(connection: AsyncConnection) -> Claim | Busy | None:
             became.clear()  # as in `amend`
-            clock = (await connection.execute(select(now_ms()))).scalar_one()
             row = (
                 (await connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update())).mappings().first()
             )
+            clock = (await connection.execute(select(now_ms()))).scalar_one()  # now that the row is ours
             if row is None or row["status"] not in (Status.QUEUED, Status.PROCESSING):
                 return None
             wait_ms = row["lease_until_ms"] if row["status"] == Status.PROCESSING else row["not_before_ms"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, delete, select
+from sqlalchemy import Select, delete, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.schema import idempotency, now_ms
@@ -36,12 +36,16 @@ async def take(
     connection: AsyncConnection, insert_ignoring: Callable[..., Any], owner: str, key: str, use: Use
 ) -> Use | None:
     """Take a key; None, or who has it. Whose commit is tried again has it already."""
-    await connection.execute(delete(idempotency).where(idempotency.c.expires_ms <= now_ms()))
+    # None that another process has in its hands: two that tidy up must not wait for each other.
+    expired = select(idempotency.c.owner, idempotency.c.key).where(idempotency.c.expires_ms <= now_ms())
+    place = tuple_(idempotency.c.owner, idempotency.c.key)
+    await connection.execute(delete(idempotency).where(place.in_(expired.with_for_update(skip_locked=True))))
     values = {
-        "owner": owner, "key": key, "job_id": use.job_id, "fingerprint": use.fingerprint,
-        "expires_ms": now_ms() + KEPT_SECONDS * 1000,
+        "job_id": use.job_id, "fingerprint": use.fingerprint, "expires_ms": now_ms() + KEPT_SECONDS * 1000,
     }  # fmt: skip
-    await connection.execute(insert_ignoring(idempotency).values(values).on_conflict_do_nothing())
+    taking = insert_ignoring(idempotency).values(owner=owner, key=key, **values)
+    free = idempotency.c.expires_ms <= now_ms()
+    await connection.execute(taking.on_conflict_do_update(index_elements=["owner", "key"], set_=values, where=free))
     row = (await connection.execute(lookup(owner, key))).one()
     found = Use(row[0], row[1])
     return None if found == use else found

@@ -70,7 +70,7 @@ class Keys:
         row = {"id": key_id, "name": name, "sha256": hashlib.sha256(key.encode()).digest(), "created_ms": now_ms()}
 
         async def run(connection: AsyncConnection) -> None:
-            await connection.execute(self._insert_ignoring(api_keys).values(row))
+            await connection.execute(self._insert_ignoring(api_keys).values(row).on_conflict_do_nothing())
 
         await self._writer.write("", run)
         return key
