@@ -17,11 +17,12 @@ from service.web.auth import Authenticator, Guard
 from service.web.edge import Edge, Linger
 from service.web.limits import Uploads
 
+MODULES = (jobs, events, transcripts, tokens, deliveries, ops, documents, pages)
+
 
 def create_app(runtime: Runtime) -> ASGIApp:
     """The application that serves `runtime`."""
-    modules = (jobs, events, transcripts, tokens, deliveries, ops, documents, pages)
-    routes = [route for module in modules for route in module.router.routes]
+    routes = [route for module in MODULES for route in module.router.routes]
     app = _application(runtime, routes)
     app.state.uploads = Uploads()
     documents.install(app, routes)
@@ -38,10 +39,10 @@ def _application(runtime: Runtime, routes: Sequence[BaseRoute]) -> FastAPI:
     app = FastAPI(routes=list(routes), openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.runtime = runtime
     app.state.tokens = tokens.Tokens(runtime.token_secret)
+    app.state.authenticator = Authenticator(runtime.settings.api_keys, runtime.stored_keys, runtime.store.keys.all)
     problems.install(app)
     return app
 
 
 def _guarded(app: FastAPI, runtime: Runtime) -> ASGIApp:
-    authenticator = Authenticator(runtime.settings.api_keys, runtime.stored_keys, runtime.store.keys.all)
-    return Edge(Linger(Guard(app, runtime, authenticator, app.state.tokens)))
+    return Edge(Linger(Guard(app, runtime, app.state.authenticator, app.state.tokens)))

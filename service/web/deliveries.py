@@ -42,7 +42,7 @@ router = APIRouter()
 @router.get(
     "/jobs/{job_id}/deliveries",
     summary="Webhook attempts",
-    responses={200: _answer("The webhooks of the job, oldest first", _LIST), **problem_answers(404)},
+    responses={200: _answer("The webhooks of the job, oldest first", _LIST), **problem_answers("not_found")},
 )
 async def list_deliveries(record: OwnJob, runtime: Services) -> Response:
     """Empty for a job that asked for no webhook or has not ended."""
@@ -54,7 +54,10 @@ async def list_deliveries(record: OwnJob, runtime: Services) -> Response:
     "/jobs/{job_id}/deliveries/{delivery}/redeliver",
     status_code=202,
     summary="Send a webhook again",
-    responses={202: _answer("Sent soon, and on its schedule from the start", _DELIVERY), **problem_answers(404)},
+    responses={
+        202: _answer("Sent soon, and on its schedule from the start", _DELIVERY),
+        **problem_answers("not_found"),
+    },
 )
 async def redeliver(record: OwnJob, runtime: Services, delivery: str) -> Response:
     """With the same `webhook-id` and body; one that is being sent this moment is left to it."""

@@ -19,31 +19,42 @@ from service.web.docs import DOCS_POLICY, render_docs
 from service.web.jobs import JobList, TurnList
 from service.web.ops import Readiness
 from service.web.problems import MEDIA_TYPE, Problem
-from service.web.schemas import EVENTS, Schema, components, event_schema, problem_answer
+from service.web.schemas import EVENTS, Schema, components, event_schema, problem_answers, told_headers
 from service.web.tokens import JobToken
 
 _ABOUT = """\
 Upload a WAV; it is streamed to AssemblyAI's Streaming API v3 at the pace it was recorded, its turns are relayed as
 server-sent events while they are spoken, and kept. Every error is `application/problem+json` (RFC 9457) with a stable
-`code`; every response carries `X-Request-ID`."""
+`code`; every response carries `X-Request-ID`. Each GET answers HEAD; another method is a 405 `method_not_allowed` with
+`Allow`, another address a 404 `not_found`."""
 _STRUCTS = (Job, Turn, Partial, JobList, TurnList, Peaks, Readiness, Problem, JobToken)
 _OPEN = frozenset({"/healthz", "/readyz"})
+# Said before an operation is reached, or when it cannot be carried out.
+_ANYWHERE = ("bad_request", "key_in_url", "forbidden_origin", "internal", "unavailable")
+_BEHIND_THE_DOOR = ("unauthorized", "rate_limited")
+_SECURITY = {
+    "key": {"type": "http", "scheme": "bearer", "description": "An API key, where any are set"},
+    "token": {
+        "type": "apiKey", "in": "query", "name": "token",
+        "description": "Made by `POST /jobs/{job_id}/token`, for that job, for a while",
+    },
+}  # fmt: skip
 
 router = APIRouter(include_in_schema=False)
 
 
 def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """Make the documents of these routes."""
-    openapi, asyncapi = make_openapi(routes), make_asyncapi()
-    app.state.openapi = msgspec.json.encode(openapi)
-    app.state.asyncapi = msgspec.json.encode(asyncapi)
-    app.state.docs = render_docs(openapi).encode()
+    """Make the documents of these routes. Whether keys are needed may change while the service runs."""
+    openapi = {needed: make_openapi(routes, keys_needed=needed) for needed in (False, True)}
+    app.state.openapi = {needed: msgspec.json.encode(document) for needed, document in openapi.items()}
+    app.state.asyncapi = msgspec.json.encode(make_asyncapi())
+    app.state.docs = render_docs(openapi[True]).encode()
 
 
 @router.get("/openapi.json")
 async def openapi_json(request: Request) -> Response:
     """The requests."""
-    return _kept(request.app.state.openapi, "application/json")
+    return _kept(request.app.state.openapi[request.app.state.authenticator.needed], "application/json")
 
 
 @router.get("/asyncapi.json")
@@ -62,34 +73,41 @@ def _kept(body: bytes, media_type: str, headers: dict[str, str] | None = None) -
     return Response(body, headers={"Cache-Control": "no-cache"} | (headers or {}), media_type=media_type)
 
 
-def make_openapi(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+def make_openapi(routes: Sequence[BaseRoute], *, keys_needed: bool) -> dict[str, Any]:
     """https://spec.openapis.org/oas/v3.1.1.html"""
     document = get_openapi(title="Turnwire", version=version("turnwire"), description=_ABOUT, routes=routes)
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            _complete(operation, public=path in _OPEN)
+        for method, operation in operations.items():
+            _complete(operation["responses"], public=path in _OPEN)
+            keys: list[dict[str, list[str]]] = [{"key": []}] + [{"token": []}] * (
+                method == "get" and "{job_id}" in path
+            )
+            operation["security"] = [] if path in _OPEN else keys if keys_needed else [*keys, {}]
     schemas = components(_STRUCTS)
     schemas["Job"]["examples"] = [_JOB]
     schemas["Turn"]["examples"] = [_TURN]
-    document["components"] = {
-        "schemas": schemas,
-        "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Where API keys are set"}},
-    }
+    document["components"] = {"schemas": schemas, "securitySchemes": _SECURITY}
     return document
 
 
-def _complete(operation: dict[str, Any], *, public: bool) -> None:
-    responses = operation["responses"]
+def _complete(responses: dict[str, Any], *, public: bool) -> None:
+    """Add what any operation may answer."""
     if MEDIA_TYPE not in responses.get("422", {}).get("content", {MEDIA_TYPE: {}}):
         del responses["422"]  # the framework's own idea of it
-    if not public:
-        responses["401"] = problem_answer(["unauthorized"])
-    responses["403"] = problem_answer(["forbidden_origin"])
-    responses["500"] = problem_answer(["internal"])
-    responses.setdefault("503", problem_answer(["unavailable"]))
-    operation["security"] = [] if public else [{"key": []}, {}]
+    for status, common in problem_answers(*_ANYWHERE, *(() if public else _BEHIND_THE_DOOR)).items():
+        answer = responses.setdefault(str(status), common)
+        if answer is not common:
+            answer["description"] += ", " + common["description"]
+            content = answer["content"].setdefault(MEDIA_TYPE, common["content"][MEDIA_TYPE])
+            if content is not common["content"][MEDIA_TYPE]:
+                _codes(content).extend(_codes(common["content"][MEDIA_TYPE]))
     for response in responses.values():
-        response.setdefault("headers", {})["X-Request-ID"] = {"schema": {"type": "string"}}
+        response["headers"] = response.get("headers", {}) | told_headers("X-Request-ID")
+
+
+def _codes(content: dict[str, Any]) -> list[str]:
+    codes: list[str] = content["schema"]["allOf"][1]["properties"]["code"]["enum"]
+    return codes
 
 
 def make_asyncapi() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from service.core.job import TERMINAL_EVENTS, Event, make_event
 from service.runtime import Runtime
 from service.web.context import OwnJob, Services, preferred
 from service.web.edge import abort, is_head
+from service.web.schemas import problem_answers
 
 PING_SECONDS = 15
 SEND_SECONDS = 10.0
@@ -41,7 +42,8 @@ router = APIRouter()
     summary="Follow a job",
     response_class=Response,
     responses={200: {"description": "The events, live; see /asyncapi.json", "content": {SSE: {}, NDJSON: {}}},
-               204: {"description": "The job has ended and everything was seen: an EventSource stops"}},
+               204: {"description": "The job has ended and everything was seen: an EventSource stops"},
+               **problem_answers("not_found")},
 )  # fmt: skip
 async def follow(
     request: Request,

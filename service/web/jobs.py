@@ -27,7 +27,7 @@ from service.web.context import Owner, OwnJob, Services, has_etag, preferred, re
 from service.web.events import NDJSON, SSE, stream
 from service.web.limits import Uploads
 from service.web.problems import not_found
-from service.web.schemas import UPLOAD, json_answer, problem_answers
+from service.web.schemas import REFUSED_AUDIO, UPLOAD, json_answer, problem_answers, told_headers
 from service.web.upload import ClientDisconnected, UploadBody
 
 MAX_WAIT_SECONDS = 60
@@ -63,9 +63,26 @@ class TurnList(msgspec.Struct):
     summary="Upload a WAV",
     openapi_extra=UPLOAD,
     responses={
-        202: json_answer("Accepted and durable", "Job", headers=("Location", REPLAYED)),
-        200: {"description": f"With `Accept: {SSE}`: the job's own events", "content": {SSE: {}, NDJSON: {}}},
-        **problem_answers(400, 409, 413, 415, 422, 429, 507),
+        202: json_answer("Accepted and durable", "Job", headers=("Location",), optional=(REPLAYED,)),
+        200: {
+            "description": f"With `Accept: {SSE}`: the job's own events",
+            "headers": told_headers("Location") | told_headers(REPLAYED, required=False),
+            "content": {SSE: {}, NDJSON: {}},
+        },
+        **problem_answers(
+            "malformed_multipart",
+            "truncated_upload",
+            "idempotency_in_progress",
+            "upload_too_large",
+            "queue_full",
+            "storage_full",
+            "unknown_option",
+            "bad_option",
+            "missing_file",
+            "too_many_files",
+            "idempotency_mismatch",
+            *REFUSED_AUDIO,
+        ),
     },
 )
 async def upload(
@@ -126,7 +143,10 @@ async def _accept(request: Request, runtime: Runtime, owner: str, key: str) -> A
 @router.get(
     "/jobs",
     summary="List jobs",
-    responses={200: json_answer("Whole jobs, newest first", "JobList", headers=("Link",)), **problem_answers(400, 422)},
+    responses={
+        200: json_answer("Whole jobs, newest first", "JobList", optional=("Link",)),
+        **problem_answers("bad_cursor", "bad_option"),
+    },
 )
 async def list_jobs(
     request: Request,
@@ -184,9 +204,9 @@ def _position(cursor: str) -> tuple[int, str]:
     "/jobs/{job_id}",
     summary="Look at a job, or wait for it",
     responses={
-        200: json_answer("The job as it is now", "Job", headers=("ETag", "Preference-Applied")),
-        304: {"description": "Nothing new since If-None-Match"},
-        **problem_answers(404),
+        200: json_answer("The job as it is now", "Job", headers=("ETag",), optional=("Preference-Applied",)),
+        304: {"description": "Nothing new since If-None-Match", "headers": told_headers("ETag")},
+        **problem_answers("not_found"),
     },
 )
 async def get_job(
@@ -273,7 +293,7 @@ async def _unless_left(request: Request, waiting: Coroutine[Any, Any, T]) -> T:
 @router.get(
     "/jobs/{job_id}/turns",
     summary="Final turns",
-    responses={200: json_answer("Final turns in order", "TurnList"), **problem_answers(404, 422)},
+    responses={200: json_answer("Final turns in order", "TurnList"), **problem_answers("not_found", "bad_option")},
 )
 async def list_turns(
     record: OwnJob,
@@ -296,7 +316,7 @@ async def list_turns(
     responses={
         202: json_answer("Canceled if it was queued; a running job ends within seconds", "Job"),
         200: json_answer("Canceled, or asked to, before", "Job"),
-        **problem_answers(404, 409),
+        **problem_answers("not_found", "not_cancelable"),
     },
 )
 async def cancel(record: OwnJob, runtime: Services) -> Response:
@@ -322,7 +342,10 @@ async def cancel(record: OwnJob, runtime: Services) -> Response:
             }
         }
     },
-    responses={202: json_answer("Queued again", "Job"), **problem_answers(400, 404, 409, 410, 422)},
+    responses={
+        202: json_answer("Queued again", "Job"),
+        **problem_answers("not_found", "not_retryable", "audio_gone", "unknown_option", "bad_option"),
+    },
 )
 async def retry(request: Request, record: OwnJob, runtime: Services) -> Response:
     """From the last final turn; with `{"from": "start"}` all turns are withdrawn first."""
@@ -343,7 +366,7 @@ async def retry(request: Request, record: OwnJob, runtime: Services) -> Response
     status_code=204,
     summary="Delete a job with its audio",
     response_class=Response,
-    responses=problem_answers(404),
+    responses=problem_answers("not_found"),
 )
 async def delete(record: OwnJob, runtime: Services) -> Response:
     """A running job is canceled; whoever follows it sees the stream end."""

@@ -35,27 +35,45 @@ def components(structs: Iterable[type[msgspec.Struct]]) -> dict[str, Schema]:
     return schemas
 
 
+REFUSED_AUDIO = (
+    "not_wav", "unsupported_container", "unsupported_media_type", "unsupported_encoding", "unsupported_channels",
+    "unsupported_rate", "empty_audio", "missing_fmt", "missing_data", "bad_fmt", "truncated_header", "too_many_chunks",
+    "too_long",
+)  # fmt: skip
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def json_answer(description: str, name: str, headers: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A response whose body is that component."""
+def json_answer(
+    description: str, name: str, headers: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A response whose body is that component; `headers` it always has, `optional` ones it may have."""
     return {
         "description": description,
-        "headers": {header: {"schema": {"type": "string"}} for header in headers},
+        "headers": told_headers(*headers) | told_headers(*optional, required=False),
         "content": {"application/json": {"schema": ref(name)}},
     }
 
 
-def problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The responses that are problems, each with the codes it may have."""
-    return {status: problem_answer([code for code, m in PROBLEMS.items() if m.status == status]) for status in statuses}
+def told_headers(*names: str, required: bool = True) -> dict[str, Schema]:
+    """Headers of a response."""
+    return {name: {"required": required, "schema": {"type": "string"}} for name in names}
+
+
+def problem_answers(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """The responses that are problems of these codes, by status."""
+    statuses = sorted({PROBLEMS[code].status for code in codes})
+    return {status: problem_answer([code for code in codes if PROBLEMS[code].status == status]) for status in statuses}
 
 
 def problem_answer(codes: list[str]) -> dict[str, Any]:
     """One response that is a problem."""
+    meaning = PROBLEMS[codes[0]]
+    always = ["Retry-After"] * (meaning.retry_after is not None) + ["WWW-Authenticate"] * (meaning.status == 401)
     return {
         "description": ", ".join(f"`{code}`" for code in codes),
+        "headers": told_headers(*always),
         "content": {MEDIA_TYPE: {"schema": {"allOf": [ref("Problem"), {"properties": {"code": {"enum": codes}}}]}}},
     }
 

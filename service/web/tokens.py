@@ -83,7 +83,7 @@ class Tokens:
         }
     },
     responses={200: json_answer("Sent as `?token=` it opens this job's GET routes", "JobToken"),
-               **problem_answers(400, 404, 422)},
+               **problem_answers("not_found", "unknown_option", "bad_option")},
 )  # fmt: skip
 async def make_token(request: Request, record: OwnJob, runtime: Services) -> Response:
     """For an EventSource, an `<audio>`, a download: read-only, signed, expiring."""

@@ -22,7 +22,7 @@ from service.runtime import Runtime
 from service.web.context import OwnJob, Services, has_etag, preferred
 from service.web.edge import is_head
 from service.web.problems import not_found, problem
-from service.web.schemas import json_answer, problem_answers
+from service.web.schemas import json_answer, problem_answers, told_headers
 
 PAGE = 200
 PIECE = 256 * 1024
@@ -31,10 +31,10 @@ _FORMATS = {export.media_type.partition(";")[0]: name for name, export in EXPORT
 _ANSWERS = {
     200: {
         "description": f"The transcript so far; until the job has ended the response says `{COMPLETE}: false`",
-        "headers": {COMPLETE: {"schema": {"enum": ["true", "false"]}}},
+        "headers": {COMPLETE: {"required": True, "schema": {"enum": ["true", "false"]}}},
         "content": {media_type: {} for media_type in _FORMATS},
     },
-    **problem_answers(404, 406),
+    **problem_answers("not_found", "not_acceptable"),
 }
 
 router = APIRouter()
@@ -85,9 +85,14 @@ async def _render(runtime: Runtime, job: Job, name: str) -> Response:
     summary="The upload as it came",
     response_class=Response,
     responses={
-        200: {"description": "All of it", "content": {"audio/wav": {}}},
-        206: {"description": "The range asked for", "content": {"audio/wav": {}}},
-        **problem_answers(404, 410, 416),
+        200: {"description": "All of it", "headers": told_headers("ETag"), "content": {"audio/wav": {}}},
+        206: {
+            "description": "The range asked for",
+            "headers": told_headers("ETag", "Content-Range"),
+            "content": {"audio/wav": {}},
+        },
+        304: {"description": "The same as If-None-Match names", "headers": told_headers("ETag")},
+        **problem_answers("not_found", "audio_gone", "range_not_satisfiable"),
     },
 )
 async def audio(
@@ -137,7 +142,10 @@ def _part(header: str, size: int) -> range | None:
     "/jobs/{job_id}/peaks",
     summary="The outline of the audio",
     response_class=Response,
-    responses={200: json_answer("At most 2,000 peaks, to draw a waveform", "Peaks"), **problem_answers(404, 410)},
+    responses={
+        200: json_answer("At most 2,000 peaks, to draw a waveform", "Peaks"),
+        **problem_answers("not_found", "audio_gone"),
+    },
 )
 async def peaks(record: OwnJob, runtime: Services) -> Response:
     """Lowest and highest sample of each stretch, over all channels; computed once."""

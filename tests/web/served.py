@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from service.sandbox.app import run_sandbox
 from service.sandbox.faults import FaultPlan
 from service.sandbox.recogniser import NumberedWords
 from service.settings import load_settings
-from service.web.app import create_app
-from service.web.problems import PROBLEMS
+from service.web.app import MODULES, create_app
+from service.web.documents import make_openapi
+from service.web.problems import MEDIA_TYPE, PROBLEMS
 from service.web.server import HttpServer
 from service.worker import start_worker
 from tests.kit import KEY, scaled_limits
@@ -98,6 +100,26 @@ def refused(answer: httpx.Response, code: str) -> str:
     return detail
 
 
+_OPENAPI = make_openapi([route for module in MODULES for route in module.router.routes], keys_needed=True)
+_PATHS = {path: re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))) for path in _OPENAPI["paths"]}
+
+
+async def conforming(answer: httpx.Response) -> None:
+    """Whatever a test asks for: an operation answers nothing that the document does not tell."""
+    path = next((path for path, form in _PATHS.items() if form.fullmatch(answer.request.url.path)), "")
+    operation = _OPENAPI["paths"].get(path, {}).get(answer.request.method.lower().replace("head", "get"))
+    if operation is None:
+        return
+    told = operation["responses"].get(str(answer.status_code))
+    assert told is not None, f"{answer.request.method} {path}: {answer.status_code} is not told"
+    missing = [n for n, header in told["headers"].items() if header["required"] and n not in answer.headers]
+    assert missing == [], path
+    if answer.headers.get("content-type") == MEDIA_TYPE and answer.request.method != "HEAD":
+        code = msgspec.json.decode(await answer.aread())["code"]
+        content = told["content"][MEDIA_TYPE]["schema"]
+        assert code in content["allOf"][1]["properties"]["code"]["enum"], f"{path}: {code} is not told"
+
+
 @asynccontextmanager
 async def serving(
     tmp_path: Path, *, work: bool = False, speed: float = 20.0, faults: FaultPlan | None = None, **settings: Any
@@ -118,7 +140,8 @@ async def serving(
         server = HttpServer(runtime, create_app(runtime))
         task = asyncio.create_task(server.serve(_nothing))
         try:
-            async with httpx.AsyncClient(base_url=server.url, timeout=20, trust_env=False) as http:
+            hooks = {"response": [conforming]}
+            async with httpx.AsyncClient(base_url=server.url, timeout=20, trust_env=False, event_hooks=hooks) as http:
                 yield Served(runtime, server, http)
         finally:
             server.stop()

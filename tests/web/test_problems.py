@@ -9,7 +9,9 @@ import pytest_asyncio
 
 import service
 from service.core.errors import AudioMissing, Fenced, OurError, TurnwireError
-from service.web.problems import PROBLEMS, of_error
+from service.web.app import MODULES
+from service.web.documents import make_openapi
+from service.web.problems import MEDIA_TYPE, PROBLEMS, of_error
 from tests.web.served import Served, raw, refused, serving
 
 over_http = pytest.mark.asyncio(loop_scope="module")
@@ -45,6 +47,19 @@ def test_codes() -> None:
     assert {code: m.status for code, m in PROBLEMS.items()} == {
         code: n for n, codes in CONTRACT.items() for code in codes.split()
     }
+
+
+def test_every_code_is_told_where_it_may_be_answered() -> None:
+    document = make_openapi([route for module in MODULES for route in module.router.routes], keys_needed=True)
+    told: dict[str, set[str]] = {}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for status, answer in operation["responses"].items():
+                if content := answer.get("content", {}).get(MEDIA_TYPE):
+                    told.setdefault(status, set()).update(content["schema"]["allOf"][1]["properties"]["code"]["enum"])
+    assert "405 `method_not_allowed`" in document["info"]["description"], "of no operation"
+    told["405"] = {"method_not_allowed"}
+    assert told == {str(status): set(codes.split()) for status, codes in CONTRACT.items()}
 
 
 def test_every_code_that_is_raised_is_known() -> None:
