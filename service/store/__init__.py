@@ -25,6 +25,7 @@ from service.store.engines import open_engine
 from service.store.idempotency import Use
 from service.store.migration import migrate, schema_is_current, schema_of
 from service.store.reading import Reader, Record, record_of
+from service.store.renewal import Renewals
 from service.store.schema import events, jobs, now_ms, said, turns, webhooks
 from service.store.writer import Writer
 from service.telemetry import metrics
@@ -84,6 +85,7 @@ class Store(Reader):
         super().__init__(readers)
         self._writer = writer
         self._insert_ignoring = insert_ignoring
+        self._renewals = Renewals(writer)
         self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
         self.keys = keys.Keys(self._rows, writer, insert_ignoring)
 
@@ -288,20 +290,7 @@ class Store(Reader):
 
         True: a cancel was requested. Raises `Fenced`.
         """
-        values: dict[str, Any] = {"lease_until_ms": now_ms() + int(lease_s * 1000)}
-        if job is not None:
-            values["doc"] = to_json(job)
-        mine = and_(jobs.c.id == claim.job.id, jobs.c.epoch == claim.epoch, jobs.c.status == Status.PROCESSING)
-
-        async def run(connection: AsyncConnection) -> bool:
-            row = (
-                await connection.execute(update(jobs).where(mine).values(values).returning(jobs.c.cancel_requested))
-            ).first()
-            if row is None:
-                raise Fenced
-            return bool(row[0])
-
-        return await self._writer.write(claim.job.id, run, patient=True)
+        return await self._renewals.renew(claim, lease_s=lease_s, job=job)
 
     async def expire_leases(self) -> None:
         """Every attempt at a job or a webhook is dead. Only true where one process holds the database, at its start."""

@@ -67,16 +67,20 @@ class Writer:
         Cancelling the caller of a patient write does not take it back. Raises what `run` raises, `Unavailable`,
         `StorageFull`. A `TurnwireError` may be raised by `run` only before it writes.
         """
+        done = self._enter(_Operation(job_id, run, patient))
+        result: T = await (asyncio.shield(done) if patient else done)
+        return result
+
+    def submit(self, job_id: str, run: Callable[[AsyncConnection], Awaitable[T]]) -> "asyncio.Future[T]":
+        """Put a patient write in line, now; whoever awaits the result shields it. Raises `Unavailable`."""
+        return self._enter(_Operation(job_id, run, patient=True))
+
+    def _enter(self, operation: _Operation) -> "asyncio.Future[Any]":
         if self._closing:
             raise Unavailable
-        operation = _Operation(job_id, run, patient)
         self._waiting.append(operation)
         self._wake.set()
-        if patient:
-            result: T = await asyncio.shield(operation.done)
-        else:
-            result = await operation.done
-        return result
+        return operation.done
 
     async def run(self) -> None:
         """Write until `close`, and then what is waiting, if the database is there."""

@@ -31,6 +31,7 @@ class Source:
         self._blobs = blobs
         self._key = key
         self._converter = Converter(info.format, channel)
+        self._plain = not info.format.converted
         frame = position_ms * info.format.sample_rate // 1000
         self._at = info.data_start + frame * info.format.frame_bytes
         self._end = info.data_start + info.data_bytes
@@ -47,7 +48,10 @@ class Source:
             block = await self._blobs.read(self._key, self._at, min(BLOCK, self._end - self._at))
             self._at += len(block)
             last = self._at >= self._end or not block
-            data = await asyncio.to_thread(self._converter.convert, block, last=last)
+            if self._plain:  # no work for a thread
+                data = self._converter.convert(block, last=last)
+            else:
+                data = await asyncio.to_thread(self._converter.convert, block, last=last)
             self._buffer = self._buffer[self._taken :] + data
             self._taken = 0
             self.complete = last
