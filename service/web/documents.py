@@ -79,10 +79,9 @@ def make_openapi(routes: Sequence[BaseRoute], *, keys_needed: bool) -> dict[str,
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             _complete(operation["responses"], public=path in _OPEN)
-            keys: list[dict[str, list[str]]] = [{"key": []}] + [{"token": []}] * (
-                method == "get" and "{job_id}" in path
-            )
-            operation["security"] = [] if path in _OPEN else keys if keys_needed else [*keys, {}]
+            schemes = ["key", "token"] if method == "get" and "{job_id}" in path else ["key"]
+            ways: list[dict[str, list[str]]] = [{scheme: []} for scheme in schemes]
+            operation["security"] = [] if path in _OPEN else ways if keys_needed else [*ways, {}]
     schemas = components(_STRUCTS)
     schemas["Job"]["examples"] = [_JOB]
     schemas["Turn"]["examples"] = [_TURN]
