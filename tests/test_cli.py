@@ -18,6 +18,7 @@ from service.cli.client import RefusedError, Service, backoff, key_of, service_u
 from service.cli.terminal import CommandError, clock, printable, size
 from service.cli.transcribe import _format
 from service.cli.view import LiveView, Narrator, View, _tail
+from tests.engines.postgres import Postgres
 
 COMMANDS = [
     ["transcribe"],
@@ -171,6 +172,37 @@ def test_migrate_makes_the_database_the_doctor_looks_for(monkeypatch: pytest.Mon
     assert "✓ database       schema " in run("doctor").stdout
     (tmp_path / "data" / "turnwire.db").write_bytes(b"no database" * 100)
     assert marks(run("doctor"))["database"] == "✗"
+
+
+def test_a_shared_database_is_migrated_by_command_and_told_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, postgres: Postgres
+) -> None:
+    monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    name = postgres.create()
+    url = postgres.url(name)
+    said = []
+
+    def doctor(url: str) -> str:
+        monkeypatch.setenv("TURNWIRE_DATABASE_URL", url)
+        said.append(run("doctor").stdout)
+        return next(line for line in said[-1].splitlines() if " database " in line)
+
+    assert "! database" in doctor(url)
+    assert "turnwire migrate" in doctor(url)
+    assert "run `turnwire migrate`" in problem("keys", "ls", code=1)
+    assert run("migrate").exit_code == 0
+    assert f"✓ database       {name} on 127.0.0.1:{postgres.port}, schema " in doctor(url)
+    key = run("keys", "create", "ci").stdout
+    assert key.startswith("tw_")
+    assert "\tci\t" in run("keys", "ls").stdout
+    assert "does not exist; create it" in doctor(postgres.url("nowhere"))
+    postgres.execute("CREATE ROLE late LOGIN VALID UNTIL '2001-01-01'", f"ALTER DATABASE {name} CONNECTION LIMIT 0")
+    assert "too many connections" in doctor(url.replace("postgres:canary", "late:canary"))
+    assert "is it running" in doctor(url.replace(str(postgres.port), "9"))
+    monkeypatch.setenv("TURNWIRE_DATABASE_URL", url.replace(str(postgres.port), "9"))
+    said += [problem("migrate", code=1), problem("keys", "ls", code=1)]
+    assert "canary-password" not in "".join(said)
+    postgres.drop(name)
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from service.cli.terminal import size
+from service.cli.terminal import database_place, size
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 5.0
 CLOCK_SLACK_S = 60.0
 OK, NOTE, WRONG = "✓", "!", "✗"
+DATABASE_HINTS = {  # by the class of the SQLSTATE
+    "28": "set the role and the password that the server knows in TURNWIRE_DATABASE_URL",
+    "3D": "create it, then run `turnwire migrate`",
+    "53": "raise max_connections, or run fewer processes: each holds five connections",
+}
 COLORS = {OK: typer.colors.GREEN, NOTE: typer.colors.YELLOW, WRONG: typer.colors.RED}
 
 EXAMPLES = """\b
@@ -84,18 +89,33 @@ def _settings(settings: "Settings") -> Finding:
     from service.settings import SettingsError, check_bind, check_upstream
 
     try:
-        check_bind(settings, stored_keys=_has_stored_keys(settings.data_dir))
+        check_bind(settings, stored_keys=_has_stored_keys(settings))
         check_upstream(settings)
     except SettingsError as exc:
         return Finding(WRONG, "settings", str(exc))
     return Finding(OK, "settings", "well-formed")
 
 
-def _has_stored_keys(data_dir: Path) -> bool:
+def _has_stored_keys(settings: "Settings") -> bool:
+    if settings.database_url is not None:
+        return asyncio.run(_has_shared_keys(settings.database_url.get_secret_value()))
+    data_dir = settings.data_dir
     with contextlib.suppress(sqlite3.Error):  # what is wrong with the database is told by itself
         connection = sqlite3.connect(f"{(data_dir.resolve() / 'turnwire.db').as_uri()}?mode=ro", uri=True)
         with contextlib.closing(connection):
             return connection.execute("SELECT 1 FROM api_keys LIMIT 1").fetchone() is not None
+    return False
+
+
+async def _has_shared_keys(url: str) -> bool:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from service.core.errors import Unavailable
+    from service.store import open_store
+
+    with contextlib.suppress(SQLAlchemyError, Unavailable, ImportError):
+        async with open_store(url) as store:
+            return bool(await store.keys.all())
     return False
 
 
@@ -142,6 +162,8 @@ def _database(settings: "Settings") -> Finding:
 
     from service.runtime import database_url
 
+    if settings.database_url is not None:
+        return asyncio.run(_shared_database(settings))
     path = settings.data_dir / "turnwire.db"
     if not path.exists():
         return Finding(OK, "database", "made at the first start")
@@ -154,6 +176,29 @@ def _database(settings: "Settings") -> Finding:
         return Finding(OK, "database", f"schema {current}")
     text = f"schema {current or 'missing'}, this version has {newest}"
     return Finding(NOTE, "database", f"{text}: `turnwire migrate`, or the next start, updates it")
+
+
+async def _shared_database(settings: "Settings") -> Finding:
+    from service.core.errors import Unavailable
+    from service.runtime import database_url
+    from service.store import schema_of
+
+    place = database_place(settings)
+    if find_spec("asyncpg") is None:
+        return Finding(WRONG, "database", "PostgreSQL needs its driver: pip install '.[cluster]'")
+    try:
+        schema = await schema_of(database_url(settings))
+    except Unavailable as exc:
+        state = getattr(getattr(exc.__cause__, "orig", exc.__cause__), "sqlstate", None) or ""
+        hint = DATABASE_HINTS.get(state[:2], "is it running, and is TURNWIRE_DATABASE_URL right?")
+        return Finding(WRONG, "database", f"{place}: {exc.detail}; {hint}")
+    except Exception as exc:  # noqa: BLE001 - whatever a driver makes of options that it does not know
+        return Finding(WRONG, "database", f"{place}: {exc}; check TURNWIRE_DATABASE_URL")
+    if schema.usable:
+        newer = "" if schema.found == schema.wanted else f", made by a newer version (this one has {schema.wanted})"
+        return Finding(OK, "database", f"{place}, schema {schema.found}{newer}")
+    text = f"{place}: schema {schema.found or 'missing'}, this version has {schema.wanted}"
+    return Finding(WRONG if settings.cluster else NOTE, "database", f"{text}: run `turnwire migrate`")
 
 
 async def _schema(url: str) -> tuple[str | None, str | None]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from service.cli.terminal import CommandError, result_line, say
+from service.cli.terminal import CommandError, database_place, result_line, say
 
 if TYPE_CHECKING:
     from service.store.keys import Keys
@@ -93,14 +93,17 @@ def _with(run: "Callable[[Keys], Awaitable[T]]") -> T:
     from service.core.errors import TurnwireError
     from service.runtime import database_url
     from service.settings import load_settings
-    from service.store import migrate, open_store
+    from service.store import migrate, open_store, schema_is_current
 
     settings = load_settings()
 
     async def work() -> T:
-        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         url = database_url(settings)
-        await migrate(url)
+        if settings.database_url is None:
+            settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await migrate(url)
+        elif not await schema_is_current(url):
+            raise CommandError(f"the database {database_place(settings)} is not up to date: run `turnwire migrate`")
         async with open_store(url) as store:
             return await run(store.keys)
 
@@ -108,4 +111,4 @@ def _with(run: "Callable[[Keys], Awaitable[T]]") -> T:
         return asyncio.run(work())
     except (TurnwireError, DBAPIError) as exc:
         text = exc.detail if isinstance(exc, TurnwireError) else str(exc.orig)
-        raise CommandError(f"the database in {settings.data_dir} cannot be used: {text}") from None
+        raise CommandError(f"the database {database_place(settings)} cannot be used: {text}") from None

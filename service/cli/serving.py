@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import typer
 from typer.core import TyperCommand
 
-from service.cli.terminal import CommandError, say
+from service.cli.terminal import CommandError, database_place, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,16 +163,22 @@ def sandbox(
 def migrate() -> None:
     """Bring the database up to date.
 
-    `turnwire serve` does it by itself; this is for doing it before.
+    `turnwire serve` does it by itself where it runs alone, the processes of a cluster do not. Any number may run at
+    once, and while the release before still works on the database.
     """
+    from service.core.errors import Unavailable
     from service.runtime import database_url
     from service.settings import load_settings
     from service.store import migrate as bring_up_to_date
 
     settings = load_settings()
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    asyncio.run(bring_up_to_date(database_url(settings)))
-    say(f"The database in {settings.data_dir.resolve()} is up to date")
+    if settings.database_url is None:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        asyncio.run(bring_up_to_date(database_url(settings)))
+    except Unavailable as exc:
+        raise CommandError(f"{database_place(settings)}: {exc.detail}") from None
+    say(f"The database {database_place(settings)} is up to date")
 
 
 # --- composing -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,10 @@ Nothing heavy is imported here: every command, `--help` included, pays for it.
 
 import sys
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 
 class CommandError(Exception):
@@ -15,6 +19,16 @@ class CommandError(Exception):
         """`message` says what to do, where something can be done."""
         super().__init__(message)
         self.code = code
+
+
+def database_place(settings: "Settings") -> str:
+    """Where the database is, in words without its password."""
+    if settings.database_url is None:
+        return f"in {settings.data_dir.resolve()}"
+    from sqlalchemy import make_url
+
+    url = make_url(settings.database_url.get_secret_value())
+    return f"{url.database} on {url.host or 'the local socket'}{f':{url.port}' if url.port else ''}"
 
 
 def say(text: str) -> None:
