@@ -85,6 +85,9 @@ class BlobStore(Protocol):
     async def delete(self, key: str) -> None:
         """Remove it; a missing key is fine."""
 
+    async def keys(self) -> list[str]:
+        """What is stored, in no order; parts of uploads may be among them. Raises `Unavailable`."""
+
     async def sweep(self) -> int:
         """Remove what interrupted uploads left behind; how many."""
 

@@ -6,7 +6,7 @@ up for by the next sweep. Whatever deletes a job, its audio is gone within a swe
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,11 +66,10 @@ def pages(keys: Sequence[str]) -> Iterator[Sequence[str]]:
 
 @dataclass(slots=True)
 class Sweeper:
-    """Removes what is due. `keys` lists the blobs."""
+    """Removes what is due."""
 
     store: Store
     blobs: BlobStore
-    keys: Callable[[], Awaitable[Iterable[str]]]
     clock: Clock
     retain_jobs_s: float
     retain_audio_s: float
@@ -101,16 +100,16 @@ class Sweeper:
             if await _remove(self.blobs, job_id):
                 await outbox.removed(job_id)
         if self.clock.now() >= self._orphans_at + ORPHAN_SWEEP_SECONDS:
-            await remove_orphans(self.store, self.blobs, await self.keys(), now.orphans_made_by)
+            await remove_orphans(self.store, self.blobs, now.orphans_made_by)
             self._orphans_at = self.clock.now()
 
 
-async def remove_orphans(store: Store, blobs: BlobStore, keys: Iterable[str], made_by: int) -> None:
+async def remove_orphans(store: Store, blobs: BlobStore, made_by: int) -> None:
     """Remove what uploads left behind that a crash cut off between their audio and their job.
 
     No upload begun by `made_by` may still be under way.
     """
-    for page in pages(suspects(keys, made_by)):
+    for page in pages(suspects(await blobs.keys(), made_by)):
         for job_id in await store.outbox.without_job(page):
             if await _remove(blobs, job_id):
                 metrics.retention_removals.labels(kind="orphan").inc()

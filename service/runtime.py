@@ -13,16 +13,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import URL
+
 from service.backends.assemblyai import AssemblyAI
 from service.backends.local import LocalBlobs
 from service.backends.memory import MemoryBus, MemoryQueue
+from service.core.errors import Unavailable
 from service.feed import Feed
 from service.intake import Intake
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, JobQueue, Upstream
 from service.retention import Sweeper, remove_orphans
 from service.settings import Settings, SettingsError
-from service.store import Store, migrate, open_store
+from service.store import Store, migrate, open_store, schema_is_current
 from service.store.keys import StoredKey
 from service.telemetry import metrics
 from service.transcription import SessionGate, Transcriber
@@ -85,17 +88,19 @@ async def open_runtime(
     """
     clock = clock or SystemClock()
     async with AsyncExitStack() as stack:
-        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stack.callback(os.close, _lock(settings.data_dir))
         url = database_url(settings)
-        await migrate(url)
+        if settings.cluster:
+            await _check_schema(url)
+        else:
+            settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.callback(os.close, _lock(settings.data_dir))
+            await migrate(url)
+        alone = settings.database_url is None  # whoever holds the lock is the only one who works on these jobs
         store = await stack.enter_async_context(open_store(url))
-        await store.expire_leases()  # the lock says that no other process works on these jobs, nor takes an upload
-        audio = settings.data_dir / "audio"
-        blobs = LocalBlobs(audio)
-        await blobs.sweep()
-        await remove_orphans(store, blobs, await asyncio.to_thread(os.listdir, audio), clock.utc_ms())
-        queue, bus = MemoryQueue(clock), MemoryBus()
+        if alone:
+            await store.expire_leases()
+        blobs = await _open_blobs(settings, store, clock, stack)
+        queue, bus = await _open_broker(settings, clock, stack)
         if upstream is None:
             key = settings.assemblyai_api_key
             client = AssemblyAI(settings.upstream_url, key.get_secret_value() if key is not None else None)
@@ -122,7 +127,7 @@ async def open_runtime(
                 gate=SessionGate(clock, per_minute=settings.sessions_per_minute), patience_s=settings.upstream_patience,
             ),
             sweeper=Sweeper(
-                store=store, blobs=blobs, keys=lambda: asyncio.to_thread(os.listdir, audio), clock=clock,
+                store=store, blobs=blobs, clock=clock,
                 retain_jobs_s=settings.retain_jobs, retain_audio_s=settings.retain_audio,
             ),
             webhooks=_webhooks(settings, store, clock),
@@ -147,7 +152,40 @@ async def _token_secret(settings: Settings, store: Store) -> bytes:
 
 def database_url(settings: Settings) -> str:
     """Where the truth is kept."""
-    return f"sqlite+aiosqlite:///{settings.data_dir.resolve() / 'turnwire.db'}"
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    file = str(settings.data_dir.resolve() / "turnwire.db")
+    return URL.create("sqlite+aiosqlite", database=file).render_as_string(hide_password=False)
+
+
+async def _check_schema(url: str) -> None:
+    """Processes of a cluster do not migrate: another release may be running on this database."""
+    try:
+        current = await schema_is_current(url)
+    except Unavailable as exc:
+        raise SettingsError(f"TURNWIRE_DATABASE_URL: the database does not answer; {exc.detail}") from exc
+    if not current:
+        raise SettingsError("TURNWIRE_DATABASE_URL: the database is not of this version; run `turnwire migrate`")
+
+
+async def _open_blobs(settings: Settings, store: Store, clock: Clock, stack: AsyncExitStack) -> BlobStore:
+    if settings.audio_url is not None:
+        from service.backends.objects import ObjectStore
+
+        return await stack.enter_async_context(ObjectStore(settings.audio_url.get_secret_value()))
+    blobs = LocalBlobs(settings.data_dir / "audio")
+    await blobs.sweep()
+    await remove_orphans(store, blobs, clock.utc_ms())  # nobody uploads to a locked directory
+    return blobs
+
+
+async def _open_broker(settings: Settings, clock: Clock, stack: AsyncExitStack) -> tuple[JobQueue, Bus]:
+    if settings.cluster:
+        from service.backends.nats import NatsBroker
+
+        broker = await stack.enter_async_context(NatsBroker(settings.broker_url.get_secret_value()))
+        return broker.queue, broker.bus
+    return MemoryQueue(clock), MemoryBus()
 
 
 def _lock(directory: Path) -> int:

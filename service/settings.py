@@ -1,7 +1,7 @@
 """Every setting of the service, checked at the start. FLOOR 1, the only reader of the environment.
 
 `load_settings` reads the environment and `.env`, and stops with one clear line at the first thing wrong: an unknown
-name, a value out of form, a combination that cannot work, a feature that is not there. What only serving needs is asked
+name, a value out of form, a combination that cannot work. What only serving needs is asked
 by `check_upstream` and `check_bind`, so that `turnwire migrate` and `keys` run without an AssemblyAI key. Durations are
 seconds, sizes bytes. No message repeats a secret.
 """
@@ -21,13 +21,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "TURNWIRE_"
-
-# Settings whose feature this version does not have: setting one stops the start with this sentence.
-NOT_YET: dict[str, str] = {
-    "TURNWIRE_DATABASE_URL": "this version does not support PostgreSQL; unset it to keep jobs in the data directory",
-    "TURNWIRE_BROKER_URL": "this version does not support cluster mode; unset it to run the workers while serving",
-    "TURNWIRE_AUDIO_URL": "this version does not support object stores; unset it to keep audio in the data directory",
-}
 
 
 class SettingsError(Exception):
@@ -286,10 +279,6 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - any field's v
 
 
 def _check_combinations(settings: Settings) -> None:
-    for name, reason in NOT_YET.items():
-        field = name.removeprefix(PREFIX).lower()
-        if getattr(settings, field) != Settings.model_fields[field].default:
-            raise SettingsError(f"{name}: {reason}")
     if settings.cluster and settings.database_url is None:
         raise SettingsError("TURNWIRE_BROKER_URL: cluster mode needs a shared database; set TURNWIRE_DATABASE_URL")
     if settings.cluster and settings.audio_url is None:

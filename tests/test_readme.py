@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.core.job import TRANSITIONS
-from service.settings import NOT_YET, Row, Settings, load_settings, settings_table
+from service.settings import Settings, load_settings, settings_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -23,12 +23,8 @@ SCREENSHOTS = ("deploy/screenshot-light.png", "deploy/screenshot-dark.png")
 
 def settings_block() -> str:
     """The table of settings."""
-    rows = [f"| `{row.name}` | {_code(row.default)} | {_described(row)} |" for row in settings_table()]
+    rows = [f"| `{row.name}` | {_code(row.default)} | {row.description} |" for row in settings_table()]
     return "\n".join(["| Name | Default | |", "|---|---|---|", *rows])
-
-
-def _described(row: Row) -> str:
-    return f"{row.description}; not in this version" if row.name in NOT_YET else row.description
 
 
 def _code(default: str) -> str:
@@ -85,7 +81,7 @@ def example() -> str:
     ]
     for row in settings_table():
         described = "" if _literal(row.default) or row.default == "—" else f" (default: {row.default})"
-        parts.append(f"# {_described(row).replace('`', '')}{described}\n# {row.name}={_literal(row.default)}\n")
+        parts.append(f"# {row.description.replace('`', '')}{described}\n# {row.name}={_literal(row.default)}\n")
     return "\n".join(parts)
 
 

@@ -74,8 +74,8 @@ class Blobs:
             raise Unavailable
         self.kept.discard(key)
 
-    async def keys(self) -> set[str]:
-        return set(self.kept)
+    async def keys(self) -> list[str]:
+        return list(self.kept)
 
     put: object = None  # the rest of a BlobStore, which a sweeper has no use for
     read: object = None
@@ -101,9 +101,7 @@ class Room:
     def __init__(self, store: Store) -> None:
         self.store, self.blobs, self.clock = store, Blobs(), Later()
         blobs: BlobStore = self.blobs  # type: ignore[assignment]
-        self.sweeper = Sweeper(
-            store, blobs, self.blobs.keys, self.clock, retain_jobs_s=30 * DAY, retain_audio_s=7 * DAY
-        )
+        self.sweeper = Sweeper(store, blobs, self.clock, retain_jobs_s=30 * DAY, retain_audio_s=7 * DAY)
 
     async def job(self, status: Status) -> str:
         """A job in that state, with audio."""

@@ -77,6 +77,13 @@ class LocalBlobs:
         except OSError as exc:
             raise _ours(exc) from exc
 
+    async def keys(self) -> list[str]:
+        """The names of the files."""
+        try:
+            return await asyncio.to_thread(os.listdir, self._directory)
+        except OSError as exc:
+            raise _ours(exc) from exc
+
     async def sweep(self) -> int:
         """Remove the parts of uploads that a crash interrupted. Only safe before uploads are taken."""
         parts = await asyncio.to_thread(lambda: list(self._directory.glob("*.part")))
