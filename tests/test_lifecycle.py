@@ -15,7 +15,7 @@ from service.sandbox import faults as f
 from service.transcription import SessionGate
 from service.worker import start_worker
 from tests.kit import BytesUpload, Kit, eventually, running, spoken, statuses
-from tests.marked import blocks, marked_pcm, marked_wav, words
+from tests.marked import WORD_MS, blocks, marked_pcm, marked_wav, words
 from tests.test_faults import plan
 from tests.wavs import chunk, fmt, riff
 
@@ -230,6 +230,24 @@ async def test_a_job_that_kills_its_worker_again_and_again_fails(tmp_path: Path)
         assert all(session["closed"] for session in events[-1]["job"]["sessions"])
         await kit.runtime.intake.retry(job_id, from_start=False)
         assert (await kit.follow(job_id))[-1]["type"] == "job.completed"
+
+
+async def test_a_retry_sends_again_what_upstream_denies_to_have_heard(tmp_path: Path) -> None:
+    """The first session ends properly, but counts two of the six seconds it was sent."""
+    count = '{"type": "Termination", "audio_duration_seconds": 2, "session_duration_seconds": 6}'
+    async with running(tmp_path, faults=f.FaultPlan({"1": [f.Send(text=count, on="terminate")]})) as kit:
+        job, events = await kit.run(marked_wav(DURATION_MS))
+        assert job.status == "completed"
+        assert job.coverage is not None
+        assert (job.coverage.complete, job.coverage.gaps, len(job.sessions)) == (False, [], 1)
+        kept = spoken(events)
+        await kit.runtime.intake.retry(job.id, from_start=False)
+        events = await kit.follow(job.id)
+        ended = events[-1]["job"]
+        assert (ended["status"], ended["coverage"]["complete"], len(ended["sessions"])) == ("completed", True, 2)
+        again = [event for event in events if event["type"] == "session.begin"][1]
+        assert again["offset_ms"] == len(kept) * WORD_MS, "from the last final turn"
+        assert spoken(events) == words(30), "every word once"
 
 
 async def test_two_processes_never_share_a_data_directory(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 A range counts as covered when a session that ended with Termination was handed it, or when a session finalized past
 it. Anything else is a gap. `complete` means: no gap, and each terminated session says it processed what it was sent,
-give or take 1,500 ms, because upstream counts whole seconds; and each channel's newest session was properly
-terminated, for only that says that nothing was still to be said.
+give or take 1,500 ms, because upstream counts whole seconds, or what it did not finalize was heard again by sessions
+that do; and each channel's newest session was properly terminated, for only that says that nothing was still to be
+said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ def coverage(
         gaps += _complement(known, file_ms)
         ended = ended and bool(own) and own[-1].audio_duration_seconds is not None
     terminated = [s for s in sessions if s.audio_duration_seconds is not None]
-    agrees = all(abs(_upstream_ms(s) - s.sent_ms) <= TOLERANCE_MS for s in terminated)
+    agrees = all(confirmed(s) or _heard_again(s, sessions, finalized) for s in terminated)
     merged = _union(gaps, file_ms)
     return Coverage(
         file_ms=file_ms,
@@ -47,16 +48,34 @@ def known_to(session: Session, finalized: Mapping[str, int]) -> int:
     return max(session.offset_ms, _final_to(session, finalized))
 
 
+def confirmed(session: Session) -> bool:
+    """Whether upstream says that it processed what it was sent, to its end."""
+    return session.audio_duration_seconds is not None and abs(_upstream_ms(session) - session.sent_ms) <= TOLERANCE_MS
+
+
+def _heard_again(session: Session, sessions: Sequence[Session], finalized: Mapping[str, int]) -> bool:
+    """Whether later sessions, that agree, were handed all that this one did not finalize: what a retry is for."""
+    later = [s for s in sessions[sessions.index(session) + 1 :] if s.channel == session.channel and confirmed(s)]
+    end = session.offset_ms + session.sent_ms
+    start = min(max(session.offset_ms, _final_to(session, finalized)), end - 1)
+    return all(
+        gap_end <= start
+        for _, gap_end in _complement(_union([(s.offset_ms, known_to(s, finalized)) for s in later], end), end)
+    )
+
+
 def resume_from(sessions: Sequence[Session], finalized: Mapping[str, int]) -> int:
     """Where in the file (ms) the next session of a channel starts, given those before it.
 
     At the end of the last final turn; what a session heard after that and did not finalize when it ended properly is
     known to be silence, but for a word that its end cut in two: that much is heard again, and not said twice because
-    it was never said.
+    it was never said. A session that upstream does not confirm is believed only what it finalized.
     """
-    return max(
-        (max(_final_to(s, finalized), known_to(s, finalized) - OVERLAP_MS, s.offset_ms) for s in sessions), default=0
-    )
+    return max((max(_final_to(s, finalized), _silent_to(s, finalized), s.offset_ms) for s in sessions), default=0)
+
+
+def _silent_to(session: Session, finalized: Mapping[str, int]) -> int:
+    return known_to(session, finalized) - OVERLAP_MS if confirmed(session) else 0
 
 
 def _final_to(session: Session, finalized: Mapping[str, int]) -> int:

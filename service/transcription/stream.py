@@ -14,7 +14,7 @@ from typing import Literal
 import structlog
 
 from service.core import protocol
-from service.core.coverage import resume_from
+from service.core.coverage import confirmed, resume_from
 from service.core.job import Closed, Failure, Session, Stage
 from service.core.options import upstream_options
 from service.core.pacing import Schedule, backoff
@@ -81,9 +81,16 @@ class ChannelStream:
         return [session for session in self._work.recorder.job.sessions if session.channel == self._channel]
 
     def _all_terminated(self) -> bool:
-        """Whether the newest session of the channel took it to its end and ended properly."""
+        """Whether the newest session of the channel took it to its end and ended properly.
+
+        One of an earlier claim must be confirmed by upstream's own count: a retry is there to send the rest again.
+        """
         newest = self._sessions()[-1:]
-        return any(s.audio_duration_seconds is not None and s.offset_ms + s.sent_ms >= self._total_ms for s in newest)
+        return any(
+            (confirmed(s) or (s is self._session and s.audio_duration_seconds is not None))
+            and s.offset_ms + s.sent_ms >= self._total_ms
+            for s in newest
+        )
 
     async def _pause(self, seconds: float, stage: Stage | None = None) -> bool:
         """Wait, unless stopped; whether to go on."""

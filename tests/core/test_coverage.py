@@ -85,6 +85,16 @@ def test_each_terminated_session_is_judged_by_itself() -> None:
     assert account([session("a", 0, 5_000, 4), session("b", 5_000, 5_000, 6)]).complete
 
 
+def test_what_a_session_denies_may_be_heard_again() -> None:
+    denied = session("a", 0, 10_000, 4)
+    assert resume_from([denied], {"a": 3_000}) == 3_000
+    assert account([denied, session("b", 3_000, 7_000, 7)], {"a": 3_000}).complete
+    assert not account([denied, session("b", 3_001, 6_999, 7)], {"a": 3_000}).complete, "a part is still denied"
+    assert not account([denied, session("b", 3_000, 7_000, 5)], {"a": 3_000}).complete, "denied again"
+    assert not account([session("b", 3_000, 7_000, 7), denied], {"a": 3_000}).complete, "it was denied after that"
+    assert account([denied, session("b", 9_999, 1, 0)], {"a": 10_000}).complete
+
+
 def test_the_newest_session_of_a_channel_must_have_terminated() -> None:
     finals_to_the_end = [session("a", 0, 10_000)]
     assert account(finals_to_the_end, {"a": 10_000}).gaps == []
