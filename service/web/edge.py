@@ -32,6 +32,8 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-store",  # a default like the others: what may be kept says so itself
 }
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+KEY_CHARS = 16  # the fewest a key has
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 log = structlog.get_logger(__name__)
@@ -60,19 +62,24 @@ class Edge:
                 await self._app(inner, receive, answer.send)
             except asyncio.CancelledError:
                 # Only the server cancels: it is being stopped and has waited long enough. The task ends right here.
-                log.warning("request cut short by the stop", method=scope["method"], path=scope["path"])
+                log.warning("request cut short by the stop", method=scope["method"], path=_shown(scope["path"]))
                 await answer.rescue(problem("unavailable", "The server is being stopped; try again in a moment."))
             except Exception:
-                log.exception("request failed", method=scope["method"], path=scope["path"])
+                log.exception("request failed", method=scope["method"], path=_shown(scope["path"]))
                 await answer.rescue(internal())
             tell = log.debug if scope["path"] in _PROBES else log.info
             tell(
                 "request",
                 method=scope["method"],
-                path=scope["path"],
+                path=_shown(scope["path"]),
                 status=answer.status,
                 seconds=round(time.perf_counter() - began, 3),
             )
+
+
+def _shown(path: str) -> str:
+    """For the log: what may be a key or a token that somebody put there is none of a job's id, and long."""
+    return "/".join(part if len(part) < KEY_CHARS or _UUID.fullmatch(part) else "…" for part in path.split("/"))
 
 
 def is_head(scope: Scope) -> bool:
