@@ -67,10 +67,17 @@ def postgres_database(postgres: Postgres, migrated_postgres: str) -> Iterator[st
     postgres.drop(name)
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def each_database(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database of each kind."""
+    url: str = request.getfixturevalue(f"{request.param}_database")
+    return url
+
+
 @pytest.fixture
 def database(sqlite_database: str) -> str:
-    """The URL of an empty database. Suites that run on both kinds have a fixture `database` of their own, by
-    `DATABASES`.
+    """The URL of an empty database. A suite that runs on both kinds has a fixture of this name that is
+    `each_database`.
     """
     return sqlite_database
 

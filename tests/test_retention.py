@@ -25,6 +25,12 @@ DAY = 86_400.0
 NOW = 1_800_000_000_000
 
 
+@pytest.fixture
+def database(each_database: str) -> str:
+    """Of each kind."""
+    return each_database
+
+
 # --- what is due, without I/O ----------------------------------------------------------------------------------------
 
 

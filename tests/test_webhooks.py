@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncConnection
 from standardwebhooks import Webhook
 
 from service.core.job import Claim, Status
@@ -21,6 +22,7 @@ from service.runtime import SystemClock, open_runtime
 from service.settings import load_settings
 from service.store import MAX_STRIKES, Record, Store, Write, open_store
 from service.store.outbox import Attempt, Delivery
+from service.store.schema import webhooks
 from service.web.app import create_app
 from service.webhooks import AT_ONCE, AT_ONCE_PER_ENDPOINT, SCHEDULE, Webhooks
 from service.webhooks.call import Caller
@@ -33,6 +35,12 @@ from tests.test_webhook_calls import LOOPBACK
 
 SECRET, OLD_SECRET = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
 SETTINGS: dict[str, Any] = {"webhook_secret": SECRET, "webhook_allow": "127.0.0.0/8"}
+
+
+@pytest.fixture
+def database(each_database: str) -> str:
+    """Of each kind."""
+    return each_database
 
 
 # --- an outbox with something in it ----------------------------------------------------------------------------------
@@ -63,13 +71,16 @@ async def sending(store: Store, *, speed: float = 10.0, times: int = 1) -> Async
         await asyncio.wait(tasks)
 
 
-def later(path: Path, seconds: float) -> None:
+async def later(store: Store, seconds: float) -> None:
     """Let time pass for the outbox."""
-    with sqlite3.connect(path / "turnwire.db", timeout=5) as connection:
-        past = {"ms": int(seconds * 1000)}
-        connection.execute("UPDATE webhooks SET due_ms = due_ms - :ms", past)
-        connection.execute("UPDATE webhooks SET lease_until_ms = max(0, lease_until_ms - :ms)", past)
-    connection.close()
+    past = int(seconds * 1000)
+
+    async def run(connection: AsyncConnection) -> None:
+        await connection.execute(update(webhooks).values(due_ms=webhooks.c.due_ms - past))
+        held = webhooks.c.lease_until_ms > 0
+        await connection.execute(update(webhooks).where(held).values(lease_until_ms=webhooks.c.lease_until_ms - past))
+
+    await store._writer.write("", run, patient=True)
 
 
 async def the_delivery(store: Store, job_id: str = "j1") -> Delivery:
@@ -172,15 +183,15 @@ async def test_a_webhook_is_signed_and_sent_once(store: Store, tls: bool) -> Non
         assert await store.outbox.due(10, but_for=[]) == []
 
 
-async def test_a_webhook_nobody_takes_is_tried_ten_times(store: Store, tmp_path: Path) -> None:
+async def test_a_webhook_nobody_takes_is_tried_ten_times(store: Store) -> None:
     async with endpoint(status(302, "Location: /"), status(500)) as here, sending(store, speed=20):
         await end_job(store, here.url())
         for number, wait in enumerate([*SCHEDULE[1:], 0], 1):
             delivery = await attempts(store, number)
             assert delivery.status == ("pending" if number < 10 else "failed")
-            later(tmp_path, wait * 0.85)
+            await later(store, wait * 0.85)
             assert await store.outbox.due(10, but_for=[]) == []
-            later(tmp_path, wait * 0.3)
+            await later(store, wait * 0.3)
         assert [attempt.status_code for attempt in delivery.attempts] == [302] + [500] * 9
         assert delivery.next_attempt_at is None
         assert len({(call.headers["webhook-id"], call.body) for call in here.calls}) == 1
@@ -214,14 +225,14 @@ async def test_what_comes_of_an_answer(
         assert len(here.calls) == 1
 
 
-async def test_what_is_not_called_says_why_and_is_tried_again(store: Store, tmp_path: Path) -> None:
+async def test_what_is_not_called_says_why_and_is_tried_again(store: Store) -> None:
     async with sending(store):
         await end_job(store, "https://10.0.0.1/")
         delivery = await attempts(store, 1)
         assert delivery.status == "pending"
         assert delivery.attempts[0].error == "The host's address is not public."
         assert delivery.attempts[0].status_code is None
-        later(tmp_path, 6)
+        await later(store, 6)
         assert len((await attempts(store, 2)).attempts) == 2
 
 
@@ -268,14 +279,14 @@ async def test_a_redelivery_waits_for_the_attempt_under_way(store: Store) -> Non
         assert await store.outbox.due(10, but_for=[]) == []
 
 
-async def test_an_attempt_whose_lease_ran_out_is_fenced(store: Store, tmp_path: Path) -> None:
+async def test_an_attempt_whose_lease_ran_out_is_fenced(store: Store) -> None:
     await end_job(store, "https://a.example/")
     [due] = await store.outbox.due(10, but_for=[])
     slow = await store.outbox.claim(due)
     assert slow is not None
     assert await store.outbox.due(10, but_for=[]) == []
     assert await store.outbox.claim(due) is None
-    later(tmp_path, 31)
+    await later(store, 31)
     [due] = await store.outbox.due(10, but_for=[])
     quick = await store.outbox.claim(due)
     assert quick is not None

@@ -26,11 +26,10 @@ from tests.doubles import CREATED_MS, a_job, a_session, a_turn, add_job, an_even
 from tests.engines.postgres import connect
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest) -> str:
-    """The URL of an empty database of each kind."""
-    url: str = request.getfixturevalue(f"{request.param}_database")
-    return url
+@pytest.fixture
+def database(each_database: str) -> str:
+    """Of each kind."""
+    return each_database
 
 
 async def claim(store: Store, job_id: str = "j1", *, lease_s: float = 60) -> Claim:
@@ -673,7 +672,7 @@ async def locked(url: str) -> AsyncIterator[None]:
             connection.close()
 
 
-@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # PostgreSQL locks no more than rows
+@pytest.mark.parametrize("each_database", ["sqlite"], indirect=True)  # PostgreSQL locks no more than rows
 async def test_while_it_is_locked_the_impatient_fail_soon_and_the_patient_wait(store: Store, database: str) -> None:
     await add_job(store)
     held = await claim(store)
@@ -720,7 +719,7 @@ async def test_who_leaves_the_line_takes_an_impatient_write_along_but_not_a_pati
     assert await store.get("j2") is None
 
 
-@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("each_database", ["sqlite"], indirect=True)
 async def test_a_commit_survives_a_power_cut(store: Store) -> None:
     async def run(connection: Any) -> list[Any]:
         return [
@@ -757,7 +756,7 @@ async def test_closing_while_it_is_locked_does_not_hang(database: str) -> None:
         await add_job(store, "j2")
 
 
-@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("each_database", ["sqlite"], indirect=True)
 async def test_a_full_disk_is_said_at_once_and_the_patient_wait(store: Store, database: str) -> None:
     await add_job(store)
     held = await claim(store)
