@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import socket
+import time
 from collections.abc import AsyncIterator
 from itertools import islice, repeat
 from pathlib import Path
@@ -155,6 +158,7 @@ def marks(result: Result) -> dict[str, str]:
 
 def test_the_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    monkeypatch.setenv("TURNWIRE_PORT", "0")
     result = run("doctor")
     assert result.exit_code == 1
     assert {part for part, mark in marks(result).items() if mark == "✗"} == {"upstream"}
@@ -163,6 +167,50 @@ def test_the_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert marks(run("doctor"))["data directory"] == "✗"
     monkeypatch.setenv("TURNWIRE_PORT", "none")
     assert run("doctor").stdout.startswith("✗ settings       TURNWIRE_PORT: ")
+
+
+def ill(part: str, words: str) -> None:
+    """The doctor finds this fault and says so with a mark and an exit code."""
+    result = run("doctor")
+    assert result.exit_code == 1, result.output
+    [line] = [line for line in result.stdout.splitlines() if line.startswith(f"✗ {part:<14} ")]
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"TURNWIRE_UPSTREAM_URL": "wss://streaming.assemblyai.com/v3/ws"}, "ASSEMBLYAI_API_KEY"),
+        ({"TURNWIRE_UPSTREAM_URL": "ws://192.0.2.1/", "ASSEMBLYAI_API_KEY": "secret"}, "wss://"),
+        ({"TURNWIRE_WEBHOOK_SECRET": "whsec_?"}, "TURNWIRE_WEBHOOK_SECRET"),
+        ({"TURNWIRE_HOST": "0.0.0.0"}, "loopback"),
+    ],
+)
+def test_the_doctor_finds_wrong_settings(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    from service.cli import doctor
+
+    monkeypatch.setattr(doctor, "CONNECT_SECONDS", 0.1)
+    monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ill("settings", words)
+
+
+def test_the_doctor_finds_a_full_disk_a_taken_port_and_a_clock_gone_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    monkeypatch.setenv("TURNWIRE_MAX_UPLOAD_BYTES", str(1 << 60))
+    ill("free space", "lower TURNWIRE_MAX_UPLOAD_BYTES")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("TURNWIRE_PORT", str(taken.getsockname()[1]))
+        ill("port", "in use")
+    assert run("migrate").exit_code == 0
+    later = time.time() + 3600
+    os.utime(tmp_path / "data" / "turnwire.db", (later, later))
+    ill("clock", "behind")
 
 
 def test_migrate_makes_the_database_the_doctor_looks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

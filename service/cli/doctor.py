@@ -6,9 +6,11 @@ session is opened, no key is sent, nothing is charged.
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import socket
 import sqlite3
 import ssl
 import sys
@@ -53,7 +55,8 @@ class Finding(NamedTuple):
 def doctor() -> None:
     """Check what the service needs here, and say what to do.
 
-    Looks at settings, data directory, database, upstream (connected to only, which costs nothing), sandbox and clock.
+    Looks at settings, data directory, port, database, upstream (connected to only, which costs nothing), sandbox and
+    clock.
     ✓ is fine, ! works but is worth knowing, ✗ will not work. Exit code 1 if anything is ✗.
     """
     from service.settings import SettingsError, load_settings
@@ -79,6 +82,7 @@ def _tell(finding: Finding) -> None:
 def _findings(settings: "Settings") -> Iterator[Finding]:
     yield _settings(settings)
     yield from _data_directory(settings)
+    yield _port(settings)
     yield _database(settings)
     yield asyncio.run(_upstream(settings.upstream_url))
     yield _sandbox()
@@ -140,6 +144,20 @@ def _data_directory(settings: "Settings") -> Iterator[Finding]:
     else:
         yield Finding(OK, "free space", f"{size(free)}")
     yield Finding(OK, "lock", "held: a service runs on this directory" if _locked(directory) else "free")
+
+
+def _port(settings: "Settings") -> Finding:
+    where = f"{settings.host}, port {settings.port}"
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE and _locked(settings.data_dir.resolve()):
+            return Finding(OK, "port", f"{where}: in use, as a service runs on this directory")
+        return Finding(
+            WRONG, "port", f"cannot listen on {where}: {exc.strerror}; TURNWIRE_HOST and TURNWIRE_PORT choose others"
+        )
+    return Finding(OK, "port", f"{where}: free")
 
 
 def _locked(directory: Path) -> bool:
