@@ -278,3 +278,28 @@ async def test_of_stores_that_race_for_an_idempotency_key_one_wins(stores: list[
     uses = await asyncio.gather(*acts)
     assert uses.count(None) == 10
     assert len(await stores[0].list(owner=None, limit=100)) == 10
+
+
+# --- connections as the URL wants them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "lock_timeout", "prepared"),
+    [("", "500ms", True), ("?statement_cache_size=0", "0", False), ("?prepared_statement_cache_size=0", "0", False)],
+)
+async def test_a_pooler_is_given_no_statement_and_no_parameter_to_remember(
+    database: str, query: str, lock_timeout: str, prepared: bool
+) -> None:
+    async def look(connection: AsyncConnection) -> tuple[Any, bool]:
+        for _ in range(2):
+            await connection.exec_driver_sql("SELECT 'kept?'")
+        kept = await connection.exec_driver_sql(
+            "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%kept?%' AND statement NOT LIKE '%count%'"
+        )
+        return (await connection.exec_driver_sql("SHOW lock_timeout")).scalar(), bool(kept.scalar())
+
+    async with open_store(f"{database}{query}{'&' if query else '?'}sslmode=prefer") as store:
+        await add_job(store)
+        await claimed(store)
+        assert await store._writer.write("", look) == (lock_timeout, prepared)
+        assert await seqs(store, "j1") == [1, 2]
