@@ -11,8 +11,10 @@ import random
 import re
 import stat
 import threading
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import quote, urlsplit
@@ -136,14 +138,34 @@ class Service:
                 await patience.after(exc)
 
     async def upload(
-        self, path: Path, options: Sequence[tuple[str, str]], sent: Callable[[int, int | None], None]
+        self,
+        path: Path,
+        options: Sequence[tuple[str, str]],
+        sent: Callable[[int, int | None], None],
+        lost: Callable[[str, float], None],
     ) -> Json:
-        """Send a file as a raw body; the new job. `sent` is told of bytes done and the file's size, if it has one."""
-        over = threading.Event()
-        try:
-            return await _in_thread(lambda: self._upload(path, options, sent, over))
-        finally:
-            over.set()
+        """Send a file as a raw body; the new job. `sent` is told of bytes done and the file's size, if it has one.
+
+        What breaks on the way is sent again under the same key, so that it makes one job; `lost` is as in `follow`.
+        """
+        key, broken, patience = uuid.uuid4().hex, False, _Patience(self.url, lost)
+        while True:
+            over = threading.Event()
+            try:
+                return await _in_thread(partial(self._upload, path, options, sent, over, key))
+            except httpx.TransportError as exc:
+                never_there = isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout) and not broken
+                if never_there or not await asyncio.to_thread(path.is_file):  # a pipe is empty by now
+                    raise self._unreachable(exc) from None
+                broken = True
+                await patience.after(exc)
+            except RefusedError as exc:
+                if not broken:
+                    raise
+                in_progress = exc.problem_code == "idempotency_in_progress"  # it has not noticed the break yet
+                await patience.after(str(exc) if in_progress else exc)
+            finally:
+                over.set()
 
     def _upload(
         self,
@@ -151,19 +173,19 @@ class Service:
         options: Sequence[tuple[str, str]],
         sent: Callable[[int, int | None], None],
         over: threading.Event,
+        key: str,
     ) -> Json:
         """With blocking sockets: an answer given early, to a bad file say, can be read after sending has failed."""
         with path.open("rb") as file, httpx.Client(**self._arguments) as http:
             status = os.fstat(file.fileno())
             total = status.st_size if stat.S_ISREG(status.st_mode) else None
-            headers = {"Content-Type": "audio/wav"} | ({"Content-Length": str(total)} if total is not None else {})
+            headers = {"Content-Type": "audio/wav", "Idempotency-Key": key} | (
+                {"Content-Length": str(total)} if total is not None else {}
+            )
             named = any(name == "filename" for name, _ in options)
             params = [*options, *([] if named else [("filename", path.name)])]
             body = _pieces(file, total, sent, over)
-            try:
-                response = http.post("/jobs", params=httpx.QueryParams(tuple(params)), headers=headers, content=body)
-            except httpx.TransportError as exc:
-                raise self._unreachable(exc) from None
+            response = http.post("/jobs", params=httpx.QueryParams(tuple(params)), headers=headers, content=body)
             if not response.is_success:
                 raise _refused(response)
             job: Json = _json(response.content)

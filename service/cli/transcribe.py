@@ -186,7 +186,7 @@ async def _upload(service: "Service", order: Order, view: "View", interrupted: a
         view.uploaded(done, total)
 
     view.stage("uploading")
-    task = asyncio.create_task(service.upload(order.file, order.options, sent))
+    task = asyncio.create_task(service.upload(order.file, order.options, sent, view.lost))
     await _first(task, interrupted)
     if not task.done() and not whole:
         task.cancel()

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from math import inf
 from pathlib import Path
 
 import httpx
 import pytest
 import pytest_asyncio
 
+from service.cli import client
 from tests.kit import eventually
 from tests.web.served import Served, head, raw, refused, serving, wav
 
@@ -158,3 +160,41 @@ async def test_keys_of_owners_never_meet(tmp_path: Path) -> None:
             assert (answer.status_code, answer.headers.get("idempotency-replayed")) == (202, None)
             places.append(answer.headers["location"])
         assert len(set(places)) == 2
+
+
+@pytest.mark.parametrize("cut", ["in the upload", "before the answer"])
+async def test_the_command_line_sends_again_what_broke(idle: Served, tmp_path: Path, cut: str) -> None:
+    (file := tmp_path / "talk.wav").write_bytes(wav(30))
+    port = int(idle.server.url.rpartition(":")[2])
+    connections = 0
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: float) -> None:
+        while most > 0 and (data := await reader.read(65536)):
+            writer.write(data)
+            most -= len(data)
+        writer.close()
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        up, down = await asyncio.open_connection("127.0.0.1", port)
+        if connections > 1:
+            await asyncio.gather(pipe(reader, down, inf), pipe(up, writer, inf), return_exceptions=True)
+            return
+        forth = asyncio.create_task(pipe(reader, down, 300_000 if cut == "in the upload" else inf))
+        await (forth if cut == "in the upload" else up.readuntil(b"202"))
+        forth.cancel()
+        writer.transport.abort()
+        down.transport.abort()
+
+    told: list[str] = []
+    proxy = await asyncio.start_server(between, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+    async with client.Service(address) as service:
+        job = await service.upload(file, [], lambda _done, _total: None, lambda reason, _wait: told.append(reason))
+    proxy.close()
+    assert [one["id"] for one in (await idle.http.get("/jobs")).json()["data"] if one["filename"] == "talk.wav"] == [
+        job["id"]
+    ]
+    assert told
+    await idle.http.delete(f"/jobs/{job['id']}")
