@@ -3,13 +3,16 @@
 import asyncio
 import sqlite3
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
-from service.core.errors import CallerError
+from service.core.errors import AudioMissing, CallerError
 from service.core.job import Job
+from service.ports import BlobStore
 from service.runtime import SystemClock, open_runtime
 from service.sandbox import faults as f
 from service.transcription import SessionGate
@@ -379,6 +382,40 @@ async def test_audio_is_validated_again_before_it_is_streamed(tmp_path: Path, da
         assert end["type"] == "job.failed"
         assert end["job"]["error"]["code"] == ("audio_missing" if damage == "gone" else "audio_corrupt")
         assert len(kit.sandbox.sessions) == 1
+
+
+class Shelf:
+    """A blob store of which reading can be made to fail."""
+
+    def __init__(self, inner: BlobStore) -> None:
+        self._inner = inner
+        self.failure: type[Exception] | None = None
+        self.failed = 0
+
+    async def read(self, key: str, start: int, length: int) -> bytes:
+        if self.failure is not None:
+            self.failed += 1
+            raise self.failure
+        return await self._inner.read(key, start, length)
+
+
+def shelve(kit: Kit) -> Shelf:
+    """Let the worker of `kit` read from a `Shelf`."""
+    runtime = kit.worker._runtime
+    shelf = Shelf(runtime.blobs)
+    transcriber = replace(runtime.transcriber, blobs=cast("BlobStore", shelf))
+    kit.worker._runtime = replace(runtime, transcriber=transcriber)
+    return shelf
+
+
+async def test_audio_that_goes_missing_while_it_is_streamed_is_named_as_such(tmp_path: Path) -> None:
+    async with running(tmp_path) as kit:
+        shelf = shelve(kit)
+        job = await kit.submit(marked_wav(20_000))
+        await kit.follow(job.id, until="turn.final")
+        shelf.failure = AudioMissing
+        end = (await kit.follow(job.id))[-1]
+        assert (end["type"], end["job"]["error"]["code"]) == ("job.failed", "audio_missing")
 
 
 # --- pacing ----------------------------------------------------------------------------------------------------------

@@ -103,10 +103,7 @@ class Transcriber:
         except Stopped:
             outcomes = [Outcome("stopped")]
         except TurnwireError as exc:
-            if isinstance(exc, Fenced):
-                raise
-            log.error("job failed", job_id=job.id, code=exc.code, detail=exc.detail)
-            outcomes = [Outcome("failed", Failure(exc.code, exc.detail, isinstance(exc, OurError)))]
+            outcomes = [_failed(job, exc)]
         except Exception:
             log.exception("job failed unexpectedly", job_id=job.id)
             failure = Failure(
@@ -143,7 +140,10 @@ class Transcriber:
 
         async def one(channel: int | None) -> Outcome:
             pick: int | Literal["mix"] = "mix" if option == "mix" else channel or 0
-            outcome = await ChannelStream(work, channel, pick).run()
+            try:
+                outcome = await ChannelStream(work, channel, pick).run()
+            except TurnwireError as exc:  # here: a task group would wrap it
+                outcome = _failed(work.recorder.job, exc)
             if outcome.kind in ("failed", "no_capacity"):
                 work.control.ask("failed")  # the other channels end their turns; what they say is kept
             return outcome
@@ -179,3 +179,10 @@ class Transcriber:
             ),
         )
         return End("over")
+
+
+def _failed(job: Job, exc: TurnwireError) -> Outcome:
+    if isinstance(exc, Fenced):
+        raise exc
+    log.error("job failed", job_id=job.id, code=exc.code, detail=exc.detail)
+    return Outcome("failed", Failure(exc.code, exc.detail, isinstance(exc, OurError)))
