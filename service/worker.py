@@ -21,7 +21,7 @@ from service.ports import Delivery
 from service.runtime import Runtime
 from service.store import Busy
 from service.telemetry import bind, metrics
-from service.transcription import LEASE_SECONDS, Control
+from service.transcription import Control
 
 RECONCILE_SECONDS = 5.0
 RETRY_SECONDS = 1.0
@@ -120,9 +120,13 @@ class Worker:
 
     async def _start(self, delivery: Delivery) -> None:
         runtime = self._runtime
+        if any(task.get_name() == f"job-{delivery.job_id}" for task in self._running):
+            # With the database away it looks stranded; a claim now would take it from ourselves.
+            await delivery.give_back(RETRY_SECONDS)
+            return
         claim = await runtime.store.claim(
             delivery.job_id,
-            lease_s=LEASE_SECONDS,
+            lease_s=runtime.transcriber.lease_s,
             begin=lambda record, strikes: begin_claim(runtime.clock, record, strikes),
         )
         with contextlib.suppress(TurnwireError):  # followers find it in the log; the claim must not be dropped for it
@@ -143,7 +147,7 @@ class Worker:
     async def _work(self, claim: Claim, delivery: Delivery, control: Control, slots: int) -> None:
         try:
             with bind(job_id=claim.job.id), metrics.streams.track_inprogress():
-                end = await self._runtime.transcriber.transcribe(claim, control)
+                end = await self._runtime.transcriber.transcribe(claim, control, delivery.extend)
             if end.kind == "over":
                 await delivery.done()
             elif end.kind == "handed_back":

@@ -1,7 +1,9 @@
 """The worker: what it answers its queue, and what it does where the database answers some questions and not others."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from service.ports import Clock, Delivery
 from service.runtime import database_url
 from service.sandbox import faults as f
 from service.store import Store, open_store
+from service.transcription.sender import Sender
 from service.worker import Worker, start_worker
 from tests.doubles import start
-from tests.kit import Kit, eventually, running, spoken
+from tests.kit import Kit, check, eventually, running, spoken
 from tests.marked import marked_wav, words
 from tests.test_faults import plan
 
@@ -135,6 +138,103 @@ async def test_a_worker_that_lost_its_job_answers_nothing(tmp_path: Path) -> Non
         await eventually(lambda: not worker.worker._running)
         assert worker.queue.deliveries[0].answers == []
         assert worker.queue.deliveries[0].job_id == job.id
+
+
+async def test_the_queue_is_told_now_and_then_that_the_work_goes_on(tmp_path: Path) -> None:
+    async with idle(tmp_path) as kit, node(kit) as worker:
+        began = kit.runtime.clock.now()
+        await kit.run(marked_wav(12_000))
+        assert 1 <= worker.queue.deliveries[0].extended <= (kit.runtime.clock.now() - began) / 5
+
+
+# --- the lease -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
+async def test_a_worker_cut_off_from_the_database_drops_its_job_before_another_takes_it(
+    tmp_path: Path, silent: bool
+) -> None:
+    """What it heard meanwhile waits in line to be written, and is refused: the other has said it all."""
+    async with idle(tmp_path) as kit, node(kit, alone=False, lease_s=1.5) as first:
+        job = await kit.submit(marked_wav(30_000))
+        await kit.follow(job.id, until="turn.final")
+        commit, back = first.store._writer._commit, asyncio.Event()
+
+        async def cut_off(group: list[Any]) -> None:
+            if not silent and not back.is_set():
+                raise ConnectionError
+            await back.wait()
+            await commit(group)
+
+        with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+            patch.setattr(first.store._writer, "_commit", cut_off)
+            stack.callback(back.set)
+            async with node(kit, alone=False, lease_s=1.5) as second:
+                await eventually(lambda: not first.worker._running)
+                assert first.queue.deliveries[0].answers == []
+                left = kit.sandbox.sessions[0]
+                await eventually(lambda: left.closed_at is not None)
+                events = await kit.follow(job.id)
+                await eventually(lambda: ["done"] in [delivery.answers for delivery in second.queue.deliveries])
+        await eventually(lambda: not first.store._writer._waiting)
+        record = await kit.runtime.store.get(job.id)
+        assert record is not None
+        check(events, await kit.runtime.store.events_after(job.id, 0, 10_000), record.job)
+        assert spoken(events) == words(150)
+        assert record.epoch >= 2
+
+
+async def test_a_worker_that_wakes_from_a_long_sleep_sends_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next chunk is due before it has time to learn anything."""
+    sent, advance = 0, Sender._advance
+
+    def counted(sender: Sender) -> int:
+        nonlocal sent
+        sent += 1
+        return advance(sender)
+
+    monkeypatch.setattr(Sender, "_advance", counted)
+    async with idle(tmp_path) as kit, node(kit, alone=False, lease_s=1.0) as worker:
+        job = await kit.submit(marked_wav(20_000))
+        await kit.follow(job.id, until="turn.final")
+        assert sent
+        time.sleep(1.2)  # noqa: ASYNC251 - the nearest that a process can come to stopping itself
+        before = sent
+        await eventually(lambda: not worker.worker._running)
+        assert sent == before
+        assert worker.queue.deliveries[0].answers == []
+        assert spoken(await kit.follow(job.id)) == words(100)
+
+
+async def test_no_audio_is_sent_before_the_lease_is_known_to_be_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def renew(*_: object, **__: object) -> bool:
+        raise Unavailable
+
+    async with idle(tmp_path) as kit:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "renew", renew)
+            async with node(kit, alone=False, lease_s=1.0) as worker:
+                await kit.submit(marked_wav(2000))
+                await eventually(lambda: bool(kit.sandbox.sessions))
+                await eventually(lambda: not worker.worker._running)
+                assert kit.sandbox.sessions[0].audio_ms == 0
+                assert worker.queue.deliveries[0].answers == []
+
+
+async def test_a_worker_never_takes_a_job_from_itself(tmp_path: Path) -> None:
+    """Alone with a database that was away, its own lease has run out."""
+    async with running(tmp_path) as kit:
+        job = await kit.submit(marked_wav(6000))
+        await kit.follow(job.id, until="turn.final")
+        await kit.runtime.store.expire_leases()
+        await kit.runtime.queue.announce(job.id, 1)
+        events = await kit.follow(job.id)
+        assert spoken(events) == words(30)
+        assert events[-1]["job"]["attempt"] == 1
 
 
 # --- a database that answers some questions --------------------------------------------------------------------------

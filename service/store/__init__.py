@@ -288,7 +288,8 @@ class Store(Reader):
     async def renew(self, claim: Claim, *, lease_s: float, job: Job | None) -> bool:
         """Extend the lease, and note the progress in `job` unless it holds something not yet committed (None).
 
-        True: a cancel was requested. Raises `Fenced`.
+        True: a cancel was requested. Raises `Fenced`, and `Unavailable`: a renewal that waits in line could extend a
+        lease that its holder has given up.
         """
         return await self._renewals.renew(claim, lease_s=lease_s, job=job)
 

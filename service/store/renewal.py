@@ -37,6 +37,8 @@ class _Batch:
         """Which of the claims are still held, and whether their cancel was requested."""
         self.open = False
         rows = [self.rows[job_id] for job_id in sorted(self.rows)]
+        if not rows:
+            return {}  # all who asked have left
         await connection.execute(_RENEW, rows)
         mine = (jobs.c.id.in_(list(self.rows)), jobs.c.status == Status.PROCESSING)
         found = await connection.execute(select(jobs.c.id, jobs.c.epoch, jobs.c.cancel_requested).where(*mine))
@@ -54,7 +56,7 @@ class Renewals:
     async def renew(self, claim: Claim, *, lease_s: float, job: Job | None) -> bool:
         """See `Store.renew`."""
         batch = self._batch
-        if batch is None or not batch.open or claim.job.id in batch.rows:
+        if batch is None or not batch.open or batch.done.done() or claim.job.id in batch.rows:
             batch = self._batch = _Batch()
             batch.done = self._writer.submit("", batch.run)  # first in its group: before what these jobs write next
         batch.rows[claim.job.id] = {
@@ -63,7 +65,11 @@ class Renewals:
             "lease_ms": int(lease_s * 1000),
             "news": None if job is None else to_json(job),
         }
-        held = await asyncio.shield(batch.done)
+        try:
+            held = await asyncio.shield(batch.done)
+        except asyncio.CancelledError:
+            batch.rows.pop(claim.job.id, None)  # a lease that was given up must not be extended later
+            raise
         if (claim.job.id, claim.epoch) not in held:
             raise Fenced
         return held[claim.job.id, claim.epoch]

@@ -72,8 +72,8 @@ class Writer:
         return result
 
     def submit(self, job_id: str, run: Callable[[AsyncConnection], Awaitable[T]]) -> "asyncio.Future[T]":
-        """Put a patient write in line, now; whoever awaits the result shields it. Raises `Unavailable`."""
-        return self._enter(_Operation(job_id, run, patient=True))
+        """Put an impatient write in line, now; several may await the result, each shielded. Raises `Unavailable`."""
+        return self._enter(_Operation(job_id, run, patient=False))
 
     def _enter(self, operation: _Operation) -> "asyncio.Future[Any]":
         if self._closing:

@@ -2,13 +2,14 @@
 finish. FLOOR 3.
 
 `transcribe` returns when the claim is over and says how: the job is completed, failed or canceled, or back in the queue
-(drain, no capacity), or somebody else has it (`Fenced`): then everything is dropped without a word. Whatever else goes
-wrong ends the job as `internal`, with what was kept.
+(drain, no capacity), or somebody else has it or may soon (`Fenced`; the lease could not be renewed): then everything is
+dropped without a word. Whatever else goes wrong ends the job as `internal`, with what was kept.
 """
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 from zlib import crc32
@@ -16,13 +17,13 @@ from zlib import crc32
 import structlog
 
 from service.core.coverage import coverage
-from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, TurnwireError
+from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, TurnwireError, Unavailable
 from service.core.job import CANCEL, LISTENING, Claim, Closed, Failure, Job, Stage, Status, channels
 from service.core.wav import WavInfo, WavParser
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, Upstream
 from service.store import Store
-from service.transcription.control import Control, End, Outcome, SessionGate, StartLine, Work
+from service.transcription.control import Control, End, Lease, Outcome, SessionGate, StartLine, Work
 from service.transcription.recorder import Recorder
 from service.transcription.stream import ChannelStream
 
@@ -31,6 +32,7 @@ __all__ = ["Control", "SessionGate", "Transcriber"]
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 1.0
 RENEW_GROUPS = 8
+EXTEND_SECONDS = 5.0
 READ = 1 << 20
 
 log = structlog.get_logger(__name__)
@@ -52,18 +54,23 @@ class Transcriber:
     clock: Clock
     gate: SessionGate
     patience_s: float
+    alone: bool = True  # with its database: nobody else could take a job over
+    lease_s: float = LEASE_SECONDS
 
-    async def transcribe(self, claim: Claim, control: Control) -> End:
-        """Work on `claim` until it is over."""
+    async def transcribe(self, claim: Claim, control: Control, extend: Callable[[], Awaitable[None]]) -> End:
+        """Work on `claim` until it is over; `extend` tells the queue now and then that the work goes on."""
+        lease = Lease(self.clock, self.lease_s, alone=self.alone)
         recorder = Recorder(claim, self.store, self.bus, self.clock)
         try:
             async with asyncio.TaskGroup() as group:
                 writing = group.create_task(recorder.run(), name="recorder")
-                beating = group.create_task(self._beat(recorder, control), name="heartbeat")
+                beating = group.create_task(self._beat(recorder, control, lease, extend), name="heartbeat")
+                expiring = group.create_task(lease.over(), name="lease")
                 hearing = group.create_task(self._hear(recorder, control), name="control")
-                end = await self._work(recorder, control)
+                end = await self._work(recorder, control, lease)
                 recorder.close()
                 await writing
+                expiring.cancel()
                 beating.cancel()
                 hearing.cancel()
         except* Fenced:
@@ -71,13 +78,32 @@ class Transcriber:
             end = End("dropped")
         return end
 
-    async def _beat(self, recorder: Recorder, control: Control) -> None:
+    async def _beat(
+        self, recorder: Recorder, control: Control, lease: Lease, extend: Callable[[], Awaitable[None]]
+    ) -> None:
         # Jobs renew in a few groups, each one write: the same moment for all of a group, not the same for all.
         phase = crc32(recorder.job.id.encode()) % RENEW_GROUPS * RENEW_SECONDS / RENEW_GROUPS
+        extended, first = self.clock.now(), not self.alone
         while True:
-            await self.clock.sleep(RENEW_SECONDS - (self.clock.now() - phase) % RENEW_SECONDS)
-            if await recorder.renew(LEASE_SECONDS):
-                control.ask("cancel")
+            if not first:
+                await self.clock.sleep(RENEW_SECONDS - (self.clock.now() - phase) % RENEW_SECONDS)
+            first = False
+            asked = self.clock.now()
+            with suppress(Unavailable):  # asked again at the next beat
+                if await recorder.renew(self.lease_s):
+                    control.ask("cancel")
+                lease.renewed(asked)
+                if asked - extended >= EXTEND_SECONDS:
+                    extended = asked
+                    await self._extend(recorder.job.id, extend)
+
+    async def _extend(self, job_id: str, extend: Callable[[], Awaitable[None]]) -> None:
+        """The queue may be away: then it delivers the job a second time, and the claim sends that away."""
+        try:
+            async with asyncio.timeout(self.clock.real(RENEW_SECONDS)):
+                await extend()
+        except Exception as exc:  # noqa: BLE001 - the job does not depend on it
+            log.warning("the queue could not be told that a job goes on", job_id=job_id, error=str(exc))
 
     async def _hear(self, recorder: Recorder, control: Control) -> None:
         async with self.bus.subscribe(f"control.{recorder.job.id}") as subscription:
@@ -88,7 +114,7 @@ class Transcriber:
                 elif event.type == LISTENING:
                     recorder.tell_again()
 
-    async def _work(self, recorder: Recorder, control: Control) -> End:
+    async def _work(self, recorder: Recorder, control: Control, lease: Lease) -> End:
         job = recorder.job
         self._mourn(recorder)
         streams: list[int | None] = channels(job)
@@ -96,8 +122,8 @@ class Transcriber:
             recorder.stage(Stage.VALIDATING)
             info = await self._validate(job, control)
             work = Work(
-                recorder, control, info, self.clock, self.pacer, self.blobs, self.upstream, self.gate, self.patience_s,
-                StartLine(len(streams)),
+                recorder, control, lease, info, self.clock, self.pacer, self.blobs, self.upstream, self.gate,
+                self.patience_s, StartLine(len(streams)),
             )  # fmt: skip
             outcomes = await self._stream(work, streams)
         except Stopped:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from service.core.errors import Fenced
 from service.core.job import Failure
 from service.core.wav import WavInfo
 from service.pacer import Pacer
@@ -44,6 +45,37 @@ class Control:
         return CANCEL_SECONDS if self.stop == "cancel" else self._drain_s
 
 
+class Lease:
+    """How long this process may act as the owner of a job, by its own clock: a safe part of what the database gives.
+
+    It counts from before each renewal was asked for, so that it ends first wherever the answer was slow. A process that
+    is alone with its database needs no such bound.
+    """
+
+    def __init__(self, clock: Clock, seconds: float, *, alone: bool) -> None:
+        """`seconds` of the wall: that is what the database counts. No audio may go before the first renewal."""
+        self._clock = clock
+        self._seconds = 0.8 * seconds / clock.real(1)
+        self._until = float("inf") if alone else clock.now() + self._seconds
+        self._proven = alone
+
+    def renewed(self, asked: float) -> None:
+        """A renewal succeeded that was asked for at `asked`."""
+        self._proven = True
+        self._until = max(self._until, asked + self._seconds)
+
+    @property
+    def held(self) -> bool:
+        """Whether audio may be sent. Whoever sends asks: a process that slept may wake up with its lease long over."""
+        return self._proven and self._clock.now() < self._until
+
+    async def over(self) -> None:
+        """Wait for the end of the lease and raise `Fenced`."""
+        while (left := self._until - self._clock.now()) > 0:
+            await self._clock.sleep(min(left, 3600))
+        raise Fenced("The lease ran out.")
+
+
 class SessionGate:
     """Paces new upstream sessions: at most so many a minute, and few handshakes at once."""
 
@@ -68,6 +100,7 @@ class Work:
 
     recorder: Recorder
     control: Control
+    lease: Lease
     info: WavInfo
     clock: Clock
     pacer: Pacer

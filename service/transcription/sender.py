@@ -94,7 +94,7 @@ class Sender:
         ended: Callable[[], None],
         broke: Callable[[Exception], None],
     ) -> None:
-        """`paused()`: the recorder cannot keep up. `sent(position_ms)` after each chunk; `ended()` when the last one
+        """`paused()`: nothing may be sent now. `sent(position_ms)` after each chunk; `ended()` when the last one
         would have been spoken. `broke(exc)`: something raised, and nothing more will be sent.
         """
         self._session = session

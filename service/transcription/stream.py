@@ -266,7 +266,7 @@ class ChannelStream:
 
         sender = self._sender = Sender(
             ws, source, schedule, work.clock, offset_ms=session.offset_ms, total_ms=self._total_ms,
-            paused=lambda: work.recorder.congested, sent=sent, ended=lambda: self._finish("end"),
+            paused=lambda: work.recorder.congested or not work.lease.held, sent=sent, ended=lambda: self._finish("end"),
             broke=self._on_break,
         )  # fmt: skip
         work.start_line.arrive(session.offset_ms, lambda start: sender.begin(work.pacer, start), work.clock.now())
