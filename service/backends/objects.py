@@ -2,27 +2,41 @@
 
 Credentials, region and endpoint come from the environment by their vendor's own names, read by obstore itself:
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL for a server of one's own;
-GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME and its like. Uploads are multipart with bounded memory; what
-an interrupted one left behind is invisible, and removed by a lifecycle rule of the bucket. Whatever keeps the store
-from answering is `Unavailable` within seconds: who can wait tries again.
+GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY. Needed are the rights to read,
+write, delete and list.
+
+Invariants: a blob is seen whole or not at all; an upload holds a few parts in memory, however large it is; an upload
+that fails or is cancelled is aborted before `put` raises, and only one that is killed leaves parts behind, which nobody
+sees and a lifecycle rule of the bucket removes. What keeps the store from answering is `Unavailable`, within
+`ASK_SECONDS` or, for an upload, `PART_SECONDS`; no text of the library is shown, it holds addresses and requests.
 """
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Self
+from typing import Self, TypeVar
 
 import obstore
 import structlog
 from obstore.exceptions import BaseError
+from obstore.store import ObjectStore as Store
 from obstore.store import from_url
 
-from service.core.errors import AudioMissing, Unavailable
+from service.core.errors import AudioMissing, OurError, StorageFull, Unavailable
 
-PART_BYTES = 8 << 20
-PARTS_IN_FLIGHT = 2
-CHECK_PREFIX = "no-such-job"
+T = TypeVar("T")
+
+PART_BYTES = 5 << 20  # the least that S3 takes; what is smaller goes in one request
+PARTS_AT_ONCE = 2
+PIECE_BYTES = 1 << 20  # handed to obstore at a time
+ASK_SECONDS = 6.0
+PART_SECONDS = 20
+ABORT_SECONDS = 5.0
+NOBODY = "no-such-job"
+ERRORS = (BaseError, OSError, ValueError)  # what obstore raises
 
 log = structlog.get_logger(__name__)
 
@@ -31,107 +45,175 @@ class ObjectStore:
     """Audio under the prefix of a URL, one object a job. Enter it before use."""
 
     def __init__(self, url: str) -> None:
-        """`url`: `s3://bucket/prefix`, `gs://…` or `az://…`."""
+        """`url`: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`. Raises `Unavailable` when the
+        environment lacks what the vendor asks for.
+        """
         self._url = url
-        self._store = from_url(
-            url,
-            # Whether to encrypt is said by the endpoint; given options, obstore no longer reads AWS_ALLOW_HTTP.
-            client_options={"connect_timeout": "3s", "timeout": "30s", "allow_http": True},
-            retry_config={
-                "max_retries": 2,
-                "retry_timeout": timedelta(seconds=5),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1), "base": 2,
+        try:
+            self._store = from_url(
+                url,
+                # Whether to encrypt is said by the endpoint; given options, obstore no longer reads AWS_ALLOW_HTTP.
+                client_options={"connect_timeout": "3s", "timeout": f"{PART_SECONDS}s", "allow_http": True},
+                retry_config={
+                    "max_retries": 3,
+                    "retry_timeout": timedelta(seconds=ASK_SECONDS),
+                    "backoff": {"max_backoff": timedelta(seconds=1)},
                 },
-            },
-        )  # fmt: skip
+            )
+        except ERRORS as exc:
+            raise Unavailable("The audio store's settings or credentials are not in the environment.") from exc
 
     async def __aenter__(self) -> Self:
         """Connects when it is first used."""
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Let obstore's threads come to rest: an interpreter that ends right after a request may abort."""
+        """Let obstore's threads come to rest: an interpreter that ends right after a request aborts now and then."""
         gc.collect()
         await asyncio.sleep(0.1)
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
-        """Store all or nothing."""
-        size, problem = 0, None
-
-        async def counted() -> AsyncIterator[bytes]:
-            nonlocal size, problem
-            try:
-                async for chunk in chunks:
-                    size += len(chunk)
-                    yield chunk
-            except BaseException as exc:
-                problem = exc
-                raise
-
+        """Store all or nothing. Overwrites: keys are made once, and a retried request may find its own first try."""
+        upload: _Upload | None = None
+        size, held = 0, bytearray()
         try:
-            await obstore.put_async(
-                self._store, key, counted(), use_multipart=True, chunk_size=PART_BYTES, max_concurrency=PARTS_IN_FLIGHT
-            )
-        except Exception as exc:
-            if problem is not None:
-                raise problem from None
-            raise self._away(exc) from exc
+            async for chunk in chunks:
+                held += chunk
+                size += len(chunk)
+                if len(held) >= (PART_BYTES if upload is None else PIECE_BYTES):
+                    upload = upload or _Upload(self._store, key)
+                    if not await upload.give(bytes(held)):
+                        break  # it failed; the rest need not come
+                    held.clear()
+            if upload is None:
+                upload = _Upload(self._store, key, bytes(held))
+            else:
+                await upload.end(bytes(held))
+            await asyncio.wait([upload.task])
+        except BaseException:
+            if upload is not None and await upload.abandon():
+                with suppress(OurError, asyncio.CancelledError):
+                    await self.delete(key)
+            raise
+        try:
+            upload.task.result()
+        except ERRORS as exc:
+            raise _ours(exc) from None
         return size
 
     async def read(self, key: str, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`."""
         try:
-            return bytes(await obstore.get_range_async(self._store, key, start=start, length=length))
-        except FileNotFoundError:
-            raise AudioMissing from None
-        except Exception as exc:
-            if start >= await self._size(key):  # nothing is there to be got, which is told as an error
-                return b""
-            raise self._away(exc) from exc
-
-    async def _size(self, key: str) -> int:
-        try:
-            return (await obstore.head_async(self._store, key))["size"]
-        except FileNotFoundError:
-            raise AudioMissing from None
-        except Exception as exc:
-            raise self._away(exc) from exc
+            if length > 0:
+                return bytes(await _answer(obstore.get_range_async(self._store, key, start=start, length=length)))
+        except _BeyondTheEnd:
+            pass
+        await _answer(obstore.head_async(self._store, key))
+        return b""
 
     async def delete(self, key: str) -> None:
         """Remove it."""
-        try:
-            await obstore.delete_async(self._store, key)
-        except FileNotFoundError:
-            pass
-        except Exception as exc:
-            raise self._away(exc) from exc
+        with suppress(AudioMissing):
+            await _answer(obstore.delete_async(self._store, key))
 
     async def keys(self) -> list[str]:
         """Every object under the prefix, by its name there."""
         found: list[str] = []
-        try:
-            async for page in obstore.list(self._store):
-                found += [item["path"] for item in page]
-        except Exception as exc:
-            raise self._away(exc) from exc
-        return found
+        listing = obstore.list(self._store)
+        while True:
+            try:
+                found += [item["path"] for item in await _answer(anext(listing))]
+            except StopAsyncIteration:
+                return found
 
     async def sweep(self) -> int:
         """Nothing: other nodes may be uploading; a lifecycle rule of the bucket removes unfinished uploads."""
         return 0
 
     async def check(self) -> str:
-        """Raises `Unavailable` when the bucket cannot be asked."""
-        try:
-            await obstore.list(
-                self._store, prefix=CHECK_PREFIX
-            ).collect_async()  # finds nothing in a bucket that is there
-        except Exception as exc:
-            raise self._away(exc) from exc
+        """Ask for a key that is not there: the answer tells whether the bucket is."""
+        with suppress(AudioMissing):
+            await _answer(obstore.get_range_async(self._store, NOBODY, start=0, length=1))
         return self._url
 
-    def _away(self, exc: Exception) -> Unavailable:
-        assert isinstance(exc, BaseError | OSError | ValueError), exc
-        log.warning("the audio store does not answer", error=type(exc).__name__)
-        return Unavailable(f"The audio store does not answer ({type(exc).__name__}); try again in a moment.")
+
+class _Upload:
+    """One upload in a task of its own, which reads what is given here: `chunks` run in the task of their caller."""
+
+    def __init__(self, store: Store, key: str, whole: bytes | None = None) -> None:
+        """In one request if it is given whole, else in parts."""
+        self._pieces: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
+        self.task = asyncio.ensure_future(
+            obstore.put_async(store, key, self._taken(), use_multipart=True, chunk_size=PART_BYTES,
+                              max_concurrency=PARTS_AT_ONCE)
+            if whole is None
+            else obstore.put_async(store, key, whole, use_multipart=False)
+        )  # fmt: skip
+
+    async def _taken(self) -> AsyncIterator[bytes]:
+        while (piece := await self._pieces.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    async def give(self, piece: bytes | None) -> bool:
+        """Wait until there is room for it; False when the upload has failed."""
+        giving = asyncio.ensure_future(self._pieces.put(piece))
+        try:
+            await asyncio.wait({giving, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            giving.cancel()
+        return not self.task.done()
+
+    async def end(self, piece: bytes) -> None:
+        """That was all."""
+        if not piece or await self.give(piece):
+            await self.give(None)
+
+    async def abandon(self) -> bool:
+        """Have it aborted, whatever else is cancelled meanwhile; True if it was stored after all."""
+        while not self._pieces.empty():
+            self._pieces.get_nowait()
+        self._pieces.put_nowait(RuntimeError("abandoned"))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ABORT_SECONDS
+        while not self.task.done() and loop.time() < deadline:
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([self.task], timeout=deadline - loop.time())
+        if not self.task.done():
+            self.task.cancel()
+            return False
+        return not self.task.cancelled() and self.task.exception() is None
+
+
+class _BeyondTheEnd(Exception):
+    """Nothing is there to be read: 416."""
+
+
+async def _answer(asked: Awaitable[T]) -> T:
+    """The answer of the store, its errors as ours. Raises `AudioMissing` where there is no such object."""
+    try:
+        async with asyncio.timeout(ASK_SECONDS):
+            return await asked
+    except ERRORS as exc:  # TimeoutError is an OSError
+        if "status code: 416" in str(exc):
+            raise _BeyondTheEnd from None
+        raise _ours(exc) from None
+
+
+def _ours(exc: Exception) -> OurError:
+    """Of the library's text only the status and the code of the answer are looked at."""
+    status, code = (
+        (found[1] if (found := re.search(pattern, str(exc))) else "")
+        for pattern in (r"status code: (\d+)", r"<Code>(\w+)</Code>")
+    )
+    if status == "507" or "StorageFull" in code or "Quota" in code or "InsufficientStorage" in code:
+        return StorageFull("The audio store is full. Nothing of this upload was kept.")
+    if code in ("NoSuchBucket", "ContainerNotFound"):
+        return Unavailable("The audio store has no such bucket.")
+    if isinstance(exc, FileNotFoundError):
+        return AudioMissing()
+    log.warning("the audio store failed", error=type(exc).__name__, status=status, code=code)
+    if status in ("401", "403"):
+        return Unavailable("The audio store refuses the credentials, or what they may do.")
+    return Unavailable("The audio store does not answer. Nothing was lost; try again in a moment.")
