@@ -65,12 +65,3 @@ def nginx(here: Path, port: int, servers: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(20)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

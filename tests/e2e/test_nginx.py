@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from tests.e2e.process import serving
-from tests.e2e.proxy import free_ports, nginx
+from tests.e2e.proxy import nginx
+from tests.engines import free_ports
 from tests.kit import spoken
 from tests.marked import marked_wav, words
 
@@ -22,7 +23,7 @@ async def curl(*arguments: object) -> asyncio.subprocess.Process:
 
 async def test_events_pass_as_they_are_spoken_and_uploads_as_they_come(tmp_path: Path) -> None:
     audio = tmp_path / "audio.wav"
-    audio.write_bytes(marked_wav(4000))
+    audio.write_bytes(marked_wav(2400))
     port, dead = free_ports(2)
     async with serving(tmp_path) as (service, _):
         await service.start()
@@ -41,13 +42,13 @@ async def test_events_pass_as_they_are_spoken_and_uploads_as_they_come(tmp_path:
             async with service.client() as direct:
                 now = (await direct.get(f"/jobs/{job['id']}")).json()
             assert now["status"] == "processing", "events were kept until the job was over"
-            assert now["progress"]["sent_ms"] < 4000
+            assert now["progress"]["sent_ms"] < 2400
             events = [await _event(whole)]
             while events[-1]["type"] != "job.completed":
                 events.append(await _event(whole))
             assert [await process.wait() for process in (terse, whole)] == [0, 0]
             assert [event["id"] for event in events if event["id"]] == list(range(1, events[-1]["id"] + 1))
-            assert spoken(events) == words(20)
+            assert spoken(events) == words(12)
             async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
                 assert (await client.get("/metrics")).status_code == 404
                 page = await client.get("/", headers={"Origin": url})
