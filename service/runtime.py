@@ -125,6 +125,7 @@ async def open_runtime(
                 store=store, bus=bus, blobs=blobs, upstream=upstream,
                 pacer=Pacer(clock, metrics.loop_lag.observe), clock=clock,
                 gate=SessionGate(clock, per_minute=settings.sessions_per_minute), patience_s=settings.upstream_patience,
+                alone=alone,
             ),
             sweeper=Sweeper(
                 store=store, blobs=blobs, clock=clock,
