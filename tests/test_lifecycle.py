@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -10,9 +10,10 @@ from typing import cast
 import numpy as np
 import pytest
 
-from service.core.errors import AudioMissing, CallerError
+from service.backends.memory import MemoryBus
+from service.core.errors import AudioMissing, CallerError, Unavailable
 from service.core.job import Job
-from service.ports import BlobStore
+from service.ports import BlobStore, Subscription
 from service.runtime import SystemClock, open_runtime
 from service.sandbox import faults as f
 from service.transcription import SessionGate
@@ -406,6 +407,49 @@ def shelve(kit: Kit) -> Shelf:
     transcriber = replace(runtime.transcriber, blobs=cast("BlobStore", shelf))
     kit.worker._runtime = replace(runtime, transcriber=transcriber)
     return shelf
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["validating", "streaming"])
+async def test_an_audio_store_that_is_away_costs_no_word(tmp_path: Path, streaming: bool) -> None:
+    async with running(tmp_path) as kit:
+        shelf = shelve(kit)
+        if not streaming:
+            shelf.failure = Unavailable
+        job = await kit.submit(marked_wav(10_000))
+        if streaming:
+            await kit.follow(job.id, until="turn.final")
+            shelf.failure = Unavailable
+        await eventually(lambda: shelf.failed >= 3)
+        shelf.failure = None
+        events = await kit.follow(job.id)
+        assert events[-1]["type"] == "job.completed"
+        assert spoken(events) == words(50)
+
+
+async def test_a_cancel_takes_effect_while_the_audio_store_is_away(tmp_path: Path) -> None:
+    async with running(tmp_path) as kit:
+        shelf = shelve(kit)
+        shelf.failure = Unavailable
+        job = await kit.submit(marked_wav(2000))
+        await eventually(lambda: shelf.failed > 0)
+        await kit.runtime.intake.cancel(job.id)
+        assert (await kit.follow(job.id))[-1]["type"] == "job.canceled"
+
+
+async def test_a_bus_that_cannot_be_subscribed_to_costs_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subscribe, refused = MemoryBus.subscribe, 0
+
+    def away(bus: MemoryBus, topic: str) -> AbstractAsyncContextManager[Subscription]:
+        nonlocal refused
+        if topic.startswith("control."):
+            refused += 1
+            raise Unavailable
+        return subscribe(bus, topic)
+
+    monkeypatch.setattr(MemoryBus, "subscribe", away)
+    async with running(tmp_path) as kit:
+        assert (await kit.run(marked_wav(4000)))[0].status == "completed"
+        assert refused > 1
 
 
 async def test_audio_that_goes_missing_while_it_is_streamed_is_named_as_such(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from service.ports import BlobStore, Bus, Clock, Upstream
 from service.store import Store
 from service.transcription.control import Control, End, Lease, Outcome, SessionGate, StartLine, Work
 from service.transcription.recorder import Recorder
+from service.transcription.sender import read
 from service.transcription.stream import ChannelStream
 
 __all__ = ["Control", "SessionGate", "Transcriber"]
@@ -106,13 +107,16 @@ class Transcriber:
             log.warning("the queue could not be told that a job goes on", job_id=job_id, error=str(exc))
 
     async def _hear(self, recorder: Recorder, control: Control) -> None:
-        async with self.bus.subscribe(f"control.{recorder.job.id}") as subscription:
-            while True:
-                event = await subscription.next()
-                if event.type == CANCEL:
-                    control.ask("cancel")
-                elif event.type == LISTENING:
-                    recorder.tell_again()
+        while True:
+            with suppress(Unavailable):  # the job goes on without the bus; the renewal brings word of a cancel
+                async with self.bus.subscribe(f"control.{recorder.job.id}") as subscription:
+                    while True:
+                        event = await subscription.next()
+                        if event.type == CANCEL:
+                            control.ask("cancel")
+                        elif event.type == LISTENING:
+                            recorder.tell_again()
+            await self.clock.sleep(RENEW_SECONDS)
 
     async def _work(self, recorder: Recorder, control: Control, lease: Lease) -> End:
         job = recorder.job
@@ -144,17 +148,24 @@ class Transcriber:
             if session.closed is None:
                 recorder.session_lost(session, Closed(None, "the worker of this job was gone"), retry_in_s=0)
 
+    def _patience(self, control: Control) -> float:
+        return 0 if control.stop else self.patience_s
+
     async def _validate(self, job: Job, control: Control) -> WavInfo:
         """The stored bytes must be those that were accepted. Raises `AudioMissing`, `AudioCorrupt`."""
         parser, digest, at = WavParser(max_duration_s=float("inf")), hashlib.sha256(), 0
         try:
-            while block := await self.blobs.read(job.id, at, READ):
+            while block := await read(self.blobs, job.id, at, READ, self.clock, lambda: self._patience(control)):
                 parser.feed(block)
                 await asyncio.to_thread(digest.update, block)
                 at += len(block)
                 if control.stop:
                     raise Stopped
             info = parser.finish()
+        except Unavailable:
+            if control.stop:
+                raise Stopped from None
+            raise
         except InvalidAudio as exc:
             raise AudioCorrupt from exc
         if digest.hexdigest() != job.audio.sha256:

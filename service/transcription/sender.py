@@ -7,9 +7,10 @@ milliseconds of the file.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
+from service.core.errors import Unavailable
 from service.core.pacing import FRAME_BYTES, Schedule
 from service.core.samples import Converter
 from service.core.wav import WavInfo
@@ -18,18 +19,36 @@ from service.ports import BlobStore, Clock, UpstreamSession
 from service.telemetry import metrics
 
 BLOCK = 1 << 16
+RETRY_SECONDS = 1.0
 HIGH_WATER = 1 << 18  # bytes buffered towards a peer that does not read; it is given up on long before this grows
+
+
+async def read(
+    blobs: BlobStore, key: str, start: int, length: int, clock: Clock, patience: Callable[[], float]
+) -> bytes:
+    """`BlobStore.read`, tried again each second for `patience()` seconds while the audio store is away."""
+    began = clock.now()
+    while True:
+        try:
+            return await blobs.read(key, start, length)
+        except Unavailable:
+            if clock.now() - began >= patience():
+                raise
+        await clock.sleep(RETRY_SECONDS)
 
 
 class Source:
     """The audio of one channel from a position on, as it goes upstream."""
 
     def __init__(
-        self, blobs: BlobStore, key: str, info: WavInfo, channel: int | Literal["mix"], position_ms: int
+        self,
+        read: Callable[[int, int], Awaitable[bytes]],
+        info: WavInfo,
+        channel: int | Literal["mix"],
+        position_ms: int,
     ) -> None:
-        """`position_ms` may be anywhere in the file."""
-        self._blobs = blobs
-        self._key = key
+        """`read(start, length)` reads the file; `position_ms` may be anywhere in it."""
+        self._read = read
         self._converter = Converter(info.format, channel)
         self._plain = not info.format.converted
         frame = position_ms * info.format.sample_rate // 1000
@@ -45,7 +64,7 @@ class Source:
         """Keep the buffer filled until the end of the audio."""
         while not self.complete:
             await self._low.wait()
-            block = await self._blobs.read(self._key, self._at, min(BLOCK, self._end - self._at))
+            block = await self._read(self._at, min(BLOCK, self._end - self._at))
             self._at += len(block)
             last = self._at >= self._end or not block
             if self._plain:  # no work for a thread

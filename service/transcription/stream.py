@@ -24,7 +24,7 @@ from service.core.transcript import Folder
 from service.ports import UpstreamSession
 from service.telemetry import metrics
 from service.transcription.control import Outcome, Work
-from service.transcription.sender import Sender, Source
+from service.transcription.sender import Sender, Source, read
 
 CLOSE_SECONDS = 2.0
 
@@ -168,7 +168,7 @@ class ChannelStream:
         query = protocol.query(upstream_options(options), sample_rate=rate)
         self._conversation = Conversation(work.clock.now())
         self._conversation.deadline = float("inf")  # the backend bounds connecting itself
-        source = Source(work.blobs, work.recorder.job.id, work.info, self._pick, position_ms)
+        source = Source(self._read, work.info, self._pick, position_ms)
         reading = asyncio.create_task(source.run(), name="read-ahead")
         reading.add_done_callback(self._on_read)
         try:
@@ -194,6 +194,10 @@ class ChannelStream:
             reading.cancel()
             self._leave()
         return None
+
+    async def _read(self, start: int, length: int) -> bytes:
+        work = self._work
+        return await read(work.blobs, work.recorder.job.id, start, length, work.clock, lambda: work.patience_s)
 
     async def _converse(self, ws: UpstreamSession, source: Source, position_ms: int) -> None:
         work, clock = self._work, self._work.clock
