@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.settings import settings_table
+from service.settings import check_bind, check_upstream, load_settings, settings_table
 from tests.engines import installed
 from tests.test_deploy import CREDENTIALS, DEPLOY, STOPS_WITHIN
 
@@ -120,6 +120,28 @@ def test_settings_are_known_and_no_secret_is_here(objects: list[Yaml]) -> None:
     assert all("REPLACE" in value for value in secret.values())
     for one in SECRETS:
         kubernetes_validate.validate(one, "1.37", strict=True)
+
+
+@pytest.mark.parametrize("name", ["turnwire-api", "turnwire-worker"])
+def test_a_pod_would_start_with_what_it_is_given(
+    objects: list[Yaml], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The values too, combinations included, with the example's placeholders as secrets."""
+    given = {("configMapRef", one["metadata"]["name"]): one["data"] for one in _of(objects, "ConfigMap")}
+    given |= {("secretRef", one["metadata"]["name"]): one["stringData"] for one in SECRETS}
+    monkeypatch.chdir(tmp_path)  # away from anybody's .env
+    for variable in SETTINGS:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TURNWIRE_HOST", "0.0.0.0")  # the image's
+    for source in _pods(objects)[name]["spec"]["containers"][0]["envFrom"]:
+        ((kind, reference),) = source.items()
+        for variable, value in given[kind, reference["name"]].items():
+            monkeypatch.setenv(variable, value)
+    settings = load_settings()
+    assert settings.cluster
+    check_bind(settings, stored_keys=False)
+    if name == "turnwire-worker":
+        check_upstream(settings)
 
 
 def test_only_the_worker_gets_the_key_that_costs_money(objects: list[Yaml]) -> None:

@@ -193,6 +193,12 @@ class Stack:
             {"PATH": "/usr/bin:/bin", "HOME": str(self.here), **service["environment"]},
         )
 
+    def check_nginx(self) -> None:
+        """Its health check, over its nodes."""
+        *_, address = FILE["services"]["nginx"]["healthcheck"]["test"]
+        here = address.replace("http://127.0.0.1:8080", self.url)
+        subprocess.run(["curl", "-sf", "--noproxy", "*", "-o", "/dev/null", here], check=True)
+
     def kill(self) -> None:
         """Whatever still runs."""
         for process in (process for processes in self.running.values() for process in processes):
@@ -249,4 +255,6 @@ def up(here: Path, *, replicas: int) -> Iterator[Stack]:
             else:
                 stack.started.append(name)
                 stack.turnwire(name)
+        stack.wait("worker", "service_healthy")  # --wait
+        stack.check_nginx()
         yield stack
