@@ -11,7 +11,9 @@ from hypothesis import settings
 
 from service.runtime import SystemClock
 from service.store import Store, migrate, open_store
+from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
+from tests.engines.s3 import S3
 
 settings.register_profile("turnwire", deadline=None)  # two busy cores: how long one example takes says nothing
 settings.load_profile("turnwire")
@@ -48,6 +50,20 @@ def sqlite_database(migrated: Path, tmp_path: Path) -> str:
 def postgres() -> Iterator[Postgres]:
     """A server for all tests that do not hurt it."""
     with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[Nats]:
+    """A server for all tests that do not hurt it; each takes a prefix of its own."""
+    with Nats() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """A server for all tests, since it takes seconds to start; who hurts it mends it. Each takes a prefix of its own."""
+    with S3() as server:
         yield server
 
 

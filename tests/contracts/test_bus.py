@@ -5,22 +5,30 @@ double and reorder; what is tested here is what holds when nothing goes wrong, a
 """
 
 import asyncio
+import uuid
+from collections.abc import AsyncIterator
 
 import pytest
 
 from service.backends.memory import BACKLOG, MemoryBus
+from service.backends.nats import NatsBroker
 from service.core.job import Event, hint
 from service.ports import Bus, Subscription
 from tests.doubles import an_event
+from tests.engines.nats import Nats
 
-BUSES = ["memory"]
+BUSES = ["memory", "nats"]
 
 
 @pytest.fixture(params=BUSES)
-def bus(request: pytest.FixtureRequest) -> Bus:
+async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
     """A bus of each kind."""
-    assert request.param == "memory"
-    return MemoryBus()
+    if request.param == "memory":
+        yield MemoryBus()
+    else:
+        server: Nats = request.getfixturevalue("nats_server")
+        async with NatsBroker(server.url, prefix=f"t{uuid.uuid4().hex}") as broker:
+            yield broker.bus
 
 
 async def received(subscription: Subscription, count: int) -> list[Event]:

@@ -4,22 +4,30 @@ Runs on every kind of `QUEUES`; another is added by naming it there and opening 
 """
 
 import asyncio
+import uuid
+from collections.abc import AsyncIterator
 
 import pytest
 
 from service.backends.memory import MemoryQueue
+from service.backends.nats import NatsBroker
 from service.ports import JobQueue
 from service.runtime import SystemClock
+from tests.engines.nats import Nats
 
-QUEUES = ["memory"]
+QUEUES = ["memory", "nats"]
 FAST = SystemClock(100)
 
 
 @pytest.fixture(params=QUEUES)
-def queue(request: pytest.FixtureRequest) -> JobQueue:
-    """An empty queue of each kind, on a clock a hundred times as fast."""
-    assert request.param == "memory"
-    return MemoryQueue(FAST)
+async def queue(request: pytest.FixtureRequest) -> AsyncIterator[JobQueue]:
+    """An empty queue of each kind; the one that lets its clock be chosen on one a hundred times as fast."""
+    if request.param == "memory":
+        yield MemoryQueue(FAST)
+    else:
+        server: Nats = request.getfixturevalue("nats_server")
+        async with NatsBroker(server.url, prefix=f"t{uuid.uuid4().hex}") as broker:
+            yield broker.queue
 
 
 async def taken(queue: JobQueue, count: int) -> list[str]:

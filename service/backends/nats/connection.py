@@ -154,7 +154,7 @@ class Part(Protocol):
         """It was lost."""
 
     async def keep(self, connection: Connection) -> None:
-        """Once after connecting, and every `BEAT_SECONDS`."""
+        """After `restore`, and every `BEAT_SECONDS`."""
 
 
 class Keeper:
@@ -185,9 +185,9 @@ class Keeper:
         await asyncio.wait([self._task])
 
     async def connected(self, seconds: float | None = None) -> Connection:
-        """The connection, once there is one. Raises TimeoutError."""
+        """The connection, once there is one and all is kept that has to be. Raises TimeoutError."""
         async with asyncio.timeout(seconds):
-            while self.connection is None:
+            while self.connection is None or not self._up.is_set():
                 await self._up.wait()
         return self.connection
 
@@ -230,21 +230,19 @@ class Keeper:
         finally:
             opening.cancel()
         connection.problem = None
-        self._begin(connection)
+        self.connection = connection
+        for part in self.parts:
+            part.restore(connection)
         while not connection.lost.is_set():
             await connection.round_trip(SILENT_SECONDS)
             for part in self.parts:
                 await part.keep(connection)
+            if not self._up.is_set():
+                self._up.set()
+                log.info("broker connected")
             with suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_SECONDS):
                     await connection.lost.wait()
-
-    def _begin(self, connection: Connection) -> None:
-        self.connection = connection
-        for part in self.parts:
-            part.restore(connection)
-        self._up.set()
-        log.info("broker connected")
 
 
 def _parts(url: str) -> tuple[list[str], dict[str, str]]:
