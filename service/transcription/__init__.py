@@ -17,7 +17,7 @@ from zlib import crc32
 import structlog
 
 from service.core.coverage import coverage
-from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, TurnwireError, Unavailable
+from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, StorageFull, TurnwireError, Unavailable
 from service.core.job import CANCEL, LISTENING, Claim, Closed, Failure, Job, Stage, Status, channels
 from service.core.wav import WavInfo, WavParser
 from service.pacer import Pacer
@@ -90,7 +90,7 @@ class Transcriber:
                 await self.clock.sleep(RENEW_SECONDS - (self.clock.now() - phase) % RENEW_SECONDS)
             first = False
             asked = self.clock.now()
-            with suppress(Unavailable):  # asked again at the next beat
+            with suppress(Unavailable, StorageFull):  # asked again at the next beat
                 if await recorder.renew(self.lease_s):
                     control.ask("cancel")
                 lease.renewed(asked)
