@@ -1,7 +1,7 @@
 """The contract of a BlobStore: all or nothing, durable on return, whatever happens on the way.
 
 Runs on every kind of `STORES`; another is added by naming it there and building it in the fixture `blobs`. What only
-files can do wrong follows below.
+files can do wrong follows below; what only object stores can, in `test_objects`.
 """
 
 import asyncio
@@ -20,19 +20,24 @@ from typing import Any, NamedTuple
 import pytest
 
 from service.backends.local import BATCH, LocalBlobs
+from service.backends.objects import PART_BYTES
 from service.core.errors import AudioMissing, InvalidAudio, StorageFull, Unavailable
 from service.ports import BlobStore
 from tests.doubles import until
+from tests.engines.s3 import S3
 
-STORES = ["local"]
+STORES = ["local", "s3"]
 DESCRIPTORS = Path("/proc/self/fd")
 
 
 @pytest.fixture(params=STORES)
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     """An empty store of each kind."""
-    assert request.param == "local"
-    return LocalBlobs(tmp_path / "audio")
+    if request.param == "local":
+        return LocalBlobs(tmp_path / "audio")
+    server: S3 = request.getfixturevalue("s3_server")
+    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+    return server.store(monkeypatch)
 
 
 async def pieces(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -56,7 +61,9 @@ async def missing(blobs: BlobStore, key: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "sizes", [[], [0], [1], [1, 0, 2], [65_536] * 40, [BATCH], [BATCH - 1, 1, 1], [3 * BATCH + 7]], ids=str
+    "sizes",
+    [[], [0], [1], [1, 0, 2], [65_536] * 40, [BATCH], [BATCH - 1, 1, 1], [3 * BATCH + 7], [PART_BYTES], [BATCH] * 8],
+    ids=str,
 )
 async def test_what_was_put_is_read_back(blobs: BlobStore, sizes: list[int]) -> None:
     chunks = [random.Random(n).randbytes(size) for n, size in enumerate(sizes)]
@@ -82,7 +89,7 @@ async def test_a_missing_blob_says_so_and_deletes_well(blobs: BlobStore) -> None
     await blobs.delete("nothing")
 
 
-@pytest.mark.parametrize("before", [[], [b"abc"], [b"x" * (2 * BATCH)]], ids=["at once", "soon", "late"])
+@pytest.mark.parametrize("before", [[], [b"abc"], [b"x" * (2 * BATCH)] * 5], ids=["at once", "soon", "late"])
 @pytest.mark.parametrize(
     "exc", [InvalidAudio("not_wav", "no"), RuntimeError("bug"), asyncio.CancelledError()], ids=repr
 )
@@ -101,7 +108,7 @@ async def test_nobody_sees_a_blob_before_it_is_whole(blobs: BlobStore) -> None:
     more = asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
-        yield b"x" * (2 * BATCH)
+        yield b"x" * (7 * BATCH)
         await more.wait()
 
     putting = asyncio.create_task(blobs.put("k", slow()))
@@ -112,8 +119,19 @@ async def test_nobody_sees_a_blob_before_it_is_whole(blobs: BlobStore) -> None:
     assert not await missing(blobs, "k")
 
 
-async def test_a_healthy_store_says_how_much_room_there_is(blobs: BlobStore) -> None:
-    assert "free" in await blobs.check()
+async def test_a_healthy_store_says_something_about_itself(blobs: BlobStore) -> None:
+    assert await blobs.check()
+
+
+async def test_the_keys_are_those_of_whole_blobs(blobs: BlobStore) -> None:
+    assert await blobs.keys() == []
+    for n in range(3):
+        await blobs.put(f"k{n}", pieces([b"x"]))
+    await blobs.delete("k1")
+    assert sorted(await blobs.keys()) == ["k0", "k2"]
+    with pytest.raises(RuntimeError):
+        await blobs.put("k3", broken([b"x" * 2 * BATCH], RuntimeError()))
+    assert sorted(await blobs.keys()) == ["k0", "k2"]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 import http.client
 import json
+import uuid
 from collections.abc import Sequence
 
+import pytest
+
+from service.backends.objects import ObjectStore
 from tests.engines import Engine, free_ports, installed
 
 REGION, KEY, SECRET = "us-east-1", "turnwire", "turnwire-secret"
@@ -55,15 +59,22 @@ class S3(Engine):
             return False
         return self._ask(self._ports[4], "PUT", f"/buckets/{BUCKET}/.ready", b"x" * 100) == 201
 
-    def unfinished_uploads(self) -> int:
-        """Multipart uploads begun and neither completed nor aborted."""
+    def store(self, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+        """An empty store. It needs no closing but at the end of a process."""
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
+        return ObjectStore(f"{self.url}/{uuid.uuid4().hex}")
+
+    def unfinished_uploads(self) -> set[str]:
+        """Multipart uploads begun and neither completed nor aborted; a server that was killed has some."""
         path = f"/buckets/{BUCKET}/.uploads/?limit=1000"
         connection = http.client.HTTPConnection("127.0.0.1", self._ports[4], timeout=5)
         try:
             connection.request("GET", path, headers={"Accept": "application/json"})
             answer = connection.getresponse()
             body = answer.read()
-            return 0 if answer.status == 404 else len(json.loads(body)["Entries"] or ())
+            entries = None if answer.status == 404 else json.loads(body)["Entries"]
+            return {entry["FullPath"] for entry in entries or ()}
         finally:
             connection.close()
 
