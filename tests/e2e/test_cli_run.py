@@ -188,7 +188,7 @@ async def test_in_a_terminal_a_bar_runs_beneath_and_a_pipe_beside_it_stays_clean
     """stderr is a terminal, stdout a pipe: `transcribe … > file`."""
     terminal, slave = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "service", "transcribe", marked(tmp_path, 1.6), "--format", "srt",
+        sys.executable, "-m", "service", "transcribe", marked(tmp_path, 2.4), "--format", "srt",
         stdout=PIPE, stderr=slave, cwd=tmp_path,
         env=environment(TERM="xterm", TURNWIRE_UPSTREAM_URL=upstream.url, ASSEMBLYAI_API_KEY=KEY),
     )  # fmt: skip
@@ -197,14 +197,14 @@ async def test_in_a_terminal_a_bar_runs_beneath_and_a_pipe_beside_it_stays_clean
     assert process.returncode == 0, shown
     assert out[0].startswith(b"1\n00:00:00,0")
     assert not CONTROLS.search(out[0])
-    assert re.search(r"0:0\d / 0:01", shown)
+    assert re.search(r"0:0\d / 0:02", shown)
     assert "streaming" in shown
     assert "[Partial]" in shown
     assert "latency" in shown
     assert "\x1b[?25l" in shown, "the cursor is hidden while lines are redrawn"
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "and shown again"
     plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", shown).replace("\r", "\n")
-    assert said(plain) == words(8)
+    assert said(plain) == words(12)
     assert plain.rstrip().splitlines()[-1] == "Session terminated: 2 seconds of audio processed"
 
 
