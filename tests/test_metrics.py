@@ -1,7 +1,7 @@
 """Every metric of the one list is moved by the service at work, and the status of a job is counted where it is true."""
 
-import logging
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
