@@ -16,10 +16,15 @@ class Nats(Engine):
         super().__init__()
         (self.port,) = free_ports(1)
         self.url = f"nats://127.0.0.1:{self.port}"
-        config: dict[str, Any] = {"host": "127.0.0.1", "port": self.port, **options}
-        if jetstream:
-            config["jetstream"] = {"store_dir": str(self.data), "max_file_store": 1 << 30}
         self._config = self.directory / "nats.conf"
+        self._jetstream = jetstream
+        self.configure(**options)
+
+    def configure(self, **options: Any) -> None:
+        """Take these for the next start."""
+        config: dict[str, Any] = {"host": "127.0.0.1", "port": self.port, **options}
+        if self._jetstream:
+            config["jetstream"] = {"store_dir": str(self.data), "max_file_store": 1 << 30}
         self._config.write_text(json.dumps(config))  # its own format has JSON as a subset
 
     def command(self) -> Sequence[str]:

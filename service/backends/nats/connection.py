@@ -51,7 +51,7 @@ class Connection(Client):
         self._needs_tls = servers[0].startswith("tls:")
         await self.connect(
             servers, error_cb=self._note, allow_reconnect=False, max_reconnect_attempts=-1,
-            connect_timeout=int(CONNECT_SECONDS), reconnect_time_wait=RETRY_SECONDS,  # type: ignore[arg-type]
+            connect_timeout=CONNECT_SECONDS, reconnect_time_wait=RETRY_SECONDS,  # type: ignore[arg-type]
             ping_interval=1 << 30, **login,  # type: ignore[arg-type]  # any seconds; it is asked by `round_trip`
         )  # fmt: skip
 
