@@ -100,7 +100,7 @@ async def open_runtime(
         if alone:
             await store.expire_leases()
         blobs = await _open_blobs(settings, store, clock, stack)
-        queue, bus = await _open_broker(settings, clock, stack)
+        queue, bus = await open_broker(settings, clock, stack)
         if upstream is None:
             key = settings.assemblyai_api_key
             client = AssemblyAI(settings.upstream_url, key.get_secret_value() if key is not None else None)
@@ -170,17 +170,26 @@ async def _check_schema(url: str) -> None:
 
 
 async def _open_blobs(settings: Settings, store: Store, clock: Clock, stack: AsyncExitStack) -> BlobStore:
-    if settings.audio_url is not None:
-        from service.backends.objects import ObjectStore
-
-        return await stack.enter_async_context(ObjectStore(settings.audio_url.get_secret_value()))
+    shared = await open_objects(settings, stack)
+    if shared is not None:
+        return shared
     blobs = LocalBlobs(settings.data_dir / "audio")
     await blobs.sweep()
     await remove_orphans(store, blobs, clock.utc_ms())  # nobody uploads to a locked directory
     return blobs
 
 
-async def _open_broker(settings: Settings, clock: Clock, stack: AsyncExitStack) -> tuple[JobQueue, Bus]:
+async def open_objects(settings: Settings, stack: AsyncExitStack) -> BlobStore | None:
+    """The shared audio store, where there is one. Raises `Unavailable` when it cannot even be asked."""
+    if settings.audio_url is None:
+        return None
+    from service.backends.objects import ObjectStore
+
+    return await stack.enter_async_context(ObjectStore(settings.audio_url.get_secret_value()))
+
+
+async def open_broker(settings: Settings, clock: Clock, stack: AsyncExitStack) -> tuple[JobQueue, Bus]:
+    """What rings between processes, or within this one. It need not be there."""
     if settings.cluster:
         from service.backends.nats import NatsBroker
 

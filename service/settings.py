@@ -182,8 +182,8 @@ class Settings(BaseSettings):
         Path("data"), "embedded mode: SQLite database and audio files; one process at a time", shown="./data")
     database_url: Annotated[SecretStr | None, _url_of("postgresql+asyncpg://")] = _setting(
         None, "`postgresql+asyncpg://…`", shown="SQLite in the data directory")
-    broker_url: Annotated[SecretStr, _url_of("memory:", "nats://")] = _setting(
-        SecretStr("memory:"), "`nats://…` = cluster mode", shown="memory:")
+    broker_url: Annotated[SecretStr, _url_of("memory:", "nats://", "tls://")] = _setting(
+        SecretStr("memory:"), "`nats://…` or `tls://…` = cluster mode", shown="memory:")
     audio_url: Annotated[SecretStr | None, _url_of("s3://", "gs://", "az://")] = _setting(
         None, "`s3://bucket/prefix`, `gs://…`, `az://…`", shown="files in the data directory")
     host: str = _setting(
@@ -216,7 +216,7 @@ class Settings(BaseSettings):
     @property
     def cluster(self) -> bool:
         """Whether workers are processes of their own."""
-        return self.broker_url.get_secret_value().startswith("nats://")
+        return not self.broker_url.get_secret_value().startswith("memory:")
 
     @classmethod
     def settings_customise_sources(

@@ -21,7 +21,9 @@ from service.cli.client import RefusedError, Service, backoff, key_of, service_u
 from service.cli.terminal import CommandError, clock, printable, size
 from service.cli.transcribe import _format
 from service.cli.view import LiveView, Narrator, View, _tail
+from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
+from tests.engines.s3 import S3
 
 COMMANDS = [
     ["transcribe"],
@@ -220,6 +222,39 @@ def test_migrate_makes_the_database_the_doctor_looks_for(monkeypatch: pytest.Mon
     assert "✓ database       schema " in run("doctor").stdout
     (tmp_path / "data" / "turnwire.db").write_bytes(b"no database" * 100)
     assert marks(run("doctor"))["database"] == "✗"
+
+
+def test_the_doctor_looks_at_the_broker_and_the_audio_store(monkeypatch: pytest.MonkeyPatch, s3_server: S3) -> None:
+    from service.backends.nats import connection, queue
+
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(queue, "ASK_SECONDS", 0.5)
+
+    def doctor(broker: str, audio: str, **variables: str) -> str:
+        variables |= {"TURNWIRE_BROKER_URL": broker, "TURNWIRE_AUDIO_URL": audio}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        output = run("doctor").output
+        assert not re.search("s3cret|wr0ng", output)
+        return output
+
+    monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    monkeypatch.setenv("TURNWIRE_DATABASE_URL", "postgresql+asyncpg://127.0.0.1:9/none")
+    with Nats(authorization={"token": "s3cret"}) as server, Nats(jetstream=False) as without_jobs:
+        right, wrong = (server.url.replace("//", f"//{token}@") for token in ("s3cret", "wr0ng"))
+        said = doctor(right, f"{s3_server.url}/doctor", **s3_server.environment)
+        assert f"✓ broker         127.0.0.1:{server.port} answers; jobs: 0 waiting, 0 taken" in said
+        assert "✓ audio store    s3://turnwire/doctor can be written" in said
+        said = doctor(wrong, "s3://nobody-made-it")
+        assert re.search("✗ broker .* refuses the user, password or token", said)
+        assert re.search("✗ audio store .* no such bucket", said)
+        said = doctor(without_jobs.url, s3_server.url, AWS_SECRET_ACCESS_KEY="wr0ng")
+        assert re.search("✗ broker .* JetStream is not enabled", said)
+        assert re.search("✗ audio store .* refuses the credentials", said)
+        server.kill()
+        said = doctor(server.url, s3_server.url, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+        assert re.search("✗ broker .* nobody listens there", said)
+        assert re.search("✗ audio store .* does not answer", said)
 
 
 def test_a_shared_database_is_migrated_by_command_and_told_without_its_password(

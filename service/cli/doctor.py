@@ -16,7 +16,7 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 CONNECT_SECONDS = 5.0
+CLUSTER_EXTRA = "pip install '.[cluster]'"
 CLOCK_SLACK_S = 60.0
 OK, NOTE, WRONG = "✓", "!", "✗"
 DATABASE_HINTS = {  # by the class of the SQLSTATE
@@ -55,17 +56,19 @@ class Finding(NamedTuple):
 def doctor() -> None:
     """Check what the service needs here, and say what to do.
 
-    Looks at settings, data directory, port, database, upstream (connected to only, which costs nothing), sandbox and
-    clock.
+    Looks at settings, data directory, port, database, broker and audio store where they are set, upstream (connected
+    to only, which costs nothing), sandbox and clock.
     ✓ is fine, ! works but is worth knowing, ✗ will not work. Exit code 1 if anything is ✗.
     """
     from service.settings import SettingsError, load_settings
+    from service.telemetry import configure_logging
 
     try:
         settings = load_settings()
     except SettingsError as exc:
         _tell(Finding(WRONG, "settings", str(exc)))
         raise typer.Exit(1) from None
+    configure_logging(settings.log_format, "error")  # what is wrong is told here
     findings = []
     for finding in _findings(settings):
         _tell(finding)
@@ -84,6 +87,10 @@ def _findings(settings: "Settings") -> Iterator[Finding]:
     yield from _data_directory(settings)
     yield _port(settings)
     yield _database(settings)
+    if settings.cluster:
+        yield asyncio.run(_broker(settings))
+    if settings.audio_url is not None:
+        yield asyncio.run(_audio_store(settings))
     yield asyncio.run(_upstream(settings.upstream_url))
     yield _sandbox()
     yield _clock(settings.data_dir)
@@ -203,7 +210,7 @@ async def _shared_database(settings: "Settings") -> Finding:
 
     place = database_place(settings)
     if find_spec("asyncpg") is None:
-        return Finding(WRONG, "database", "PostgreSQL needs its driver: pip install '.[cluster]'")
+        return Finding(WRONG, "database", f"PostgreSQL needs its driver: {CLUSTER_EXTRA}")
     try:
         schema = await schema_of(database_url(settings))
     except Unavailable as exc:
@@ -234,6 +241,49 @@ async def _schema(url: str) -> tuple[str | None, str | None]:
     finally:
         await engine.dispose()
     return current, ScriptDirectory(service.migrations.__path__[0]).get_current_head()
+
+
+async def _broker(settings: "Settings") -> Finding:
+    from service.core.errors import OurError
+    from service.runtime import SystemClock, open_broker
+
+    if find_spec("nats") is None:
+        return Finding(WRONG, "broker", f"NATS needs its client: {CLUSTER_EXTRA}")
+    place = urlsplit(settings.broker_url.get_secret_value()).netloc.rpartition("@")[2]
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            queue, _ = await open_broker(settings, SystemClock(), stack)
+            return Finding(OK, "broker", f"{place} answers; jobs: {await queue.check()}")
+    except OurError as exc:
+        text = f"{place}: {exc.detail} Start it with JetStream (`nats-server -js`), or mend TURNWIRE_BROKER_URL"
+        return Finding(WRONG, "broker", text)
+
+
+async def _audio_store(settings: "Settings") -> Finding:
+    """By storing a few bytes, reading them and removing them."""
+    from service.core.errors import OurError
+    from service.runtime import open_objects
+
+    if find_spec("obstore") is None:
+        return Finding(WRONG, "audio store", f"object stores need their client: {CLUSTER_EXTRA}")
+    assert settings.audio_url is not None
+    place, probe = settings.audio_url.get_secret_value(), f"doctor-{os.getpid()}"
+
+    async def bytes_of_probe() -> AsyncIterator[bytes]:
+        yield b"turnwire"
+
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            store = await open_objects(settings, stack)
+            assert store is not None
+            await store.check()
+            await store.put(probe, bytes_of_probe())
+            await store.read(probe, 0, 1)
+            await store.delete(probe)
+    except OurError as exc:
+        text = f"{place}: {exc.detail} Credentials and endpoint are the vendor's own variables (AWS_ACCESS_KEY_ID …)"
+        return Finding(WRONG, "audio store", f"{text}; the bucket is of TURNWIRE_AUDIO_URL")
+    return Finding(OK, "audio store", f"{place} can be written, read and removed from")
 
 
 async def _upstream(url: str) -> Finding:
