@@ -43,7 +43,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no annotati
 
 
 class Metrics:
-    """Every metric of the process. Gauges whose value lies elsewhere take a callback: `gauge.set_function(f)`."""
+    """Every metric of the process."""
 
     def __init__(self) -> None:
         """A registry of its own, so that a library's metrics stay out unless they are wanted."""

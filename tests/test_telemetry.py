@@ -249,7 +249,7 @@ async def test_a_lost_task_does_not_tell_its_audio(lines: Lines) -> None:
 def test_metrics_are_rendered_under_our_name() -> None:
     metrics.chunk_lateness.observe(0.003)
     metrics.uploads.labels(result="accepted").inc()
-    metrics.queue_depth.set_function(lambda: 7)
+    metrics.queue_depth.set(7)
     text = render().decode()
     metrics.queue_depth.set(0)
     names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
