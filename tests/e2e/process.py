@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import httpx
 import msgspec
@@ -144,11 +144,20 @@ async def serving(
 # --- a client --------------------------------------------------------------------------------------------------------
 
 
+class Place(Protocol):
+    """Where jobs are followed: one process, or any node of many."""
+
+    up: asyncio.Event
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """For whoever serves now."""
+
+
 @dataclass
 class Follower:
     """An SSE client as the contract wants one: it comes back after whatever happened, with the last id it saw."""
 
-    service: Service
+    service: Place
     job_id: str
     events: list[dict[str, Any]] = field(default_factory=list)
     at: list[float] = field(default_factory=list)  # of each event
@@ -184,13 +193,16 @@ class Follower:
             self.service.client() as client,
             client.stream("GET", f"/jobs/{self.job_id}/events", headers=headers) as response,
         ):
-            assert response.status_code == 200, response.status_code
-            self.retries.append(0)
-            async for line in response.aiter_lines():
-                if line.startswith("retry:"):
-                    self.retries[-1] += 1
-                elif line.startswith("data:"):
-                    self._take(msgspec.json.decode(line[5:]))
+            await self._read(response)
+
+    async def _read(self, response: httpx.Response) -> None:
+        assert response.status_code == 200, response.status_code
+        self.retries.append(0)
+        async for line in response.aiter_lines():
+            if line.startswith("retry:"):
+                self.retries[-1] += 1
+            elif line.startswith("data:"):
+                self._take(msgspec.json.decode(line[5:]))
 
     def _take(self, event: dict[str, Any]) -> None:
         assert event["type"] != "stream.reset", "every id we have seen is known"

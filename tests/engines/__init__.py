@@ -22,6 +22,7 @@ from typing import Self
 
 READY_SECONDS = 60.0
 STOP_SECONDS = 2.0
+_given: set[int] = set()  # ports, by this process
 WATCHDOG = 'read pid; read _; kill -9 "$pid" 2>/dev/null; rm -rf "$0"'
 
 
@@ -47,6 +48,11 @@ class Engine(ABC):
     def running(self) -> bool:
         """Whether there is a process."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs."""
+        return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
         """Run it on what data there is; returns when it serves."""
@@ -138,16 +144,21 @@ def installed(name: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, outside the range the kernel gives to clients, so that they stay free over restarts."""
+    """Ports nobody listens on and nobody was given, outside the range the kernel gives to clients, so that they stay
+    free over restarts.
+    """
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     found: list[int] = []
     candidate = 10_000 + os.getpid() * 97 % (low - 11_000)
     while len(found) < count:
         candidate = candidate + 1 if candidate < low - 1 else 10_000
+        if candidate in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", candidate))
             except OSError:
                 continue
             found.append(candidate)
+    _given.update(found)
     return found

@@ -77,6 +77,10 @@ class Postgres(Engine):
         """As an administrator does who waits for nobody: sessions are told and ended."""
         self._end(signal.SIGINT)
 
+    def crash(self) -> None:
+        """Every session breaks off at once, and the next start recovers from the log."""
+        self._end(signal.SIGQUIT)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """SIGSTOP to each of its processes."""

@@ -1,0 +1,217 @@
+"""Any process may die, freeze or come back as a ghost, and any engine may go away and forget: no job is lost, no word is
+lost or said twice, and everybody who follows sees every event once.
+
+Two API nodes and three workers, as they are in production, leases too. What happens and when is drawn from a seed.
+"""
+
+import asyncio
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from tests.e2e.cluster import Cluster, Engines, Node, Wanderer, check, cluster
+from tests.engines.nats import Nats
+from tests.engines.postgres import Postgres
+from tests.engines.s3 import S3
+from tests.marked import marked_wav
+
+FROZEN_SECONDS = 18.0  # longer than a lease
+ACTS = (
+    "worker_killed", "worker_drained", "worker_frozen", "api_killed", "nats_killed", "nats_wiped", "postgres_stopped",
+    "postgres_crashed", "s3_away",
+)  # fmt: skip
+
+
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    """Of one's own, to be hurt."""
+    with ExitStack() as stack:
+        yield Engines(stack.enter_context(Postgres()), stack.enter_context(Nats()), stack.enter_context(S3()))
+
+
+@dataclass
+class Blow:
+    """Something that took jobs from a worker."""
+
+    act: str
+    at_ms: float  # Unix
+    jobs: set[str]
+
+
+@dataclass
+class Chaos:
+    """What is done to a cluster."""
+
+    cluster: Cluster
+    dice: random.Random
+    acts: Counter[str] = field(default_factory=Counter)
+    blows: list[Blow] = field(default_factory=list)
+    followers: list[Wanderer] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
+    thaws: "set[asyncio.Task[None]]" = field(default_factory=set)
+
+    async def upload(self, shortest_ms: int, longest_ms: int, pause: float) -> None:
+        """Jobs, one after the other, each followed by one client."""
+        while True:
+            job = await self.cluster.upload(marked_wav(self.dice.randrange(shortest_ms, longest_ms, 200)))
+            self.followers.append(self.cluster.follow(job["id"]))
+            await asyncio.sleep(pause * self.dice.uniform(0.5, 1.5))
+
+    async def act(self, name: str) -> None:
+        """One thing happens."""
+        self.acts[name] += 1
+        await getattr(self, f"_{name}")()
+
+    def _worker(self, act: str) -> Node | None:
+        """Struck next: one that has work, if there is one; not the last one that is not frozen."""
+        able = [node for node in self.cluster.of("worker") if node.running() and node.name not in self.frozen]
+        if len(able) < 2:
+            return None
+        busy = [node for node in able if node.holds()]
+        node = self.dice.choice(busy or able)
+        self.blows.append(Blow(act, time.time() * 1000, node.holds()))
+        return node
+
+    async def _worker_killed(self) -> None:
+        if node := self._worker("killed"):
+            node.signal(signal.SIGKILL)
+
+    async def _worker_drained(self) -> None:
+        if node := self._worker("drained"):
+            node.signal(signal.SIGTERM)
+
+    async def _worker_frozen(self) -> None:
+        if node := self._worker("frozen"):
+            node.signal(signal.SIGSTOP)
+            self.frozen.add(node.name)
+            self.thaws.add(asyncio.create_task(self._thaw(node)))
+
+    async def _thaw(self, node: Node) -> None:
+        await asyncio.sleep(FROZEN_SECONDS)
+        node.signal(signal.SIGCONT)
+        self.frozen.discard(node.name)
+
+    async def _api_killed(self) -> None:
+        self.dice.choice(self.cluster.of("serve")).signal(signal.SIGKILL)
+
+    async def _nats_killed(self) -> None:
+        nats = self.cluster.engines.nats
+        await asyncio.to_thread(nats.kill)
+        await asyncio.sleep(self.dice.uniform(0, 3))
+        await asyncio.to_thread(nats.start)
+
+    async def _nats_wiped(self) -> None:
+        nats = self.cluster.engines.nats
+        await asyncio.to_thread(nats.wipe)
+        await asyncio.sleep(self.dice.uniform(0, 3))
+        await asyncio.to_thread(nats.start)
+
+    async def _postgres_stopped(self) -> None:
+        postgres = self.cluster.engines.postgres
+        await asyncio.to_thread(postgres.stop)
+        await asyncio.sleep(self.dice.uniform(0, 3))
+        await asyncio.to_thread(postgres.start)
+
+    async def _postgres_crashed(self) -> None:
+        postgres = self.cluster.engines.postgres
+        await asyncio.to_thread(postgres.crash)
+        await asyncio.sleep(self.dice.uniform(0, 3))
+        await asyncio.to_thread(postgres.start)
+
+    async def _s3_away(self) -> None:
+        s3 = self.cluster.engines.s3
+        await asyncio.to_thread(s3.kill)
+        await asyncio.sleep(self.dice.uniform(0, 4))
+        await asyncio.to_thread(s3.start)
+
+    async def settle(self, within: float) -> None:
+        """Until all jobs have ended."""
+        await asyncio.gather(*self.thaws)
+        try:
+            async with asyncio.timeout(within):
+                await asyncio.gather(*(follower.task for follower in self.followers if follower.task))
+        except TimeoutError:
+            left = {follower.job_id: follower.events[-3:] for follower in self.followers if not follower.over}
+            pytest.fail(f"{len(left)} jobs do not end: {left}")
+
+    async def check(self) -> None:
+        """Everything, and the figures."""
+        kept = await self.cluster.kept([follower.job_id for follower in self.followers])
+        check(kept, self.followers)
+        async with self.cluster.client() as client:
+            await _check_listed(client, kept.keys())
+        self.cluster.check_silence()
+        taken: dict[str, list[float]] = {}
+        for blow in self.blows:
+            for job_id in blow.jobs:
+                for event in kept[job_id][1] if job_id in kept else ():
+                    at_ms = datetime.fromisoformat(msgspec.json.decode(event.json)["at"]).timestamp() * 1000
+                    if at_ms > blow.at_ms and (event.type == "session.begin" or event.terminal):
+                        taken.setdefault(blow.act, []).append((at_ms - blow.at_ms) / 1000)
+                        break
+        self.tell(taken, [job.attempt for job, _ in kept.values()])
+
+    def tell(self, taken: dict[str, list[float]], attempts: list[int]) -> None:
+        """The figures."""
+        moves = sum(follower.moves for follower in self.followers)
+        print(f"\n{len(attempts)} jobs, attempts {Counter(attempts)}, {moves} moves of followers")
+        print(f"{sum(self.acts.values())} acts {dict(self.acts)}; started again: {self.cluster.restarts}")
+        for act, times in taken.items():
+            times.sort()
+            print(f"taken over after {act}: p50 {times[len(times) // 2]:.1f} s, max {times[-1]:.1f} s of {len(times)}")
+
+
+async def _check_listed(client: httpx.AsyncClient, job_ids: Iterable[str]) -> None:
+    listed: list[str] = []
+    address = "/jobs?limit=200"
+    while address:
+        page = (await client.get(address)).raise_for_status().json()
+        listed += [job["id"] for job in page["data"]]
+        address = f"/jobs?limit=200&cursor={page['next_cursor']}" if page["has_more"] else ""
+    assert sorted(listed) == sorted(job_ids), "one job for each upload, whatever happened to its answer"
+
+
+@pytest.mark.timeout(400)
+async def test_everything_happens_once(tmp_path: Path, engines: Engines) -> None:
+    async with cluster(tmp_path, engines, serve=2, worker=3) as made:
+        chaos = Chaos(made, random.Random(1))
+        uploads = [asyncio.create_task(chaos.upload(4000, 10_000, pause=2)) for _ in range(2)]
+        await asyncio.sleep(4)
+        for act in ("worker_frozen", "worker_killed", *chaos.dice.sample(ACTS[3:] + ACTS[1:2], 7)):
+            await chaos.act(act)
+            await asyncio.sleep(chaos.dice.uniform(0.5, 2))
+        for task in uploads:
+            task.cancel()
+        await chaos.settle(within=200)
+        await chaos.check()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [1])
+async def test_five_minutes_of_it(tmp_path: Path, engines: Engines, seed: int) -> None:
+    async with cluster(tmp_path, engines, serve=2, worker=3, seed=seed) as made:
+        chaos = Chaos(made, random.Random(seed))
+        uploads = [asyncio.create_task(chaos.upload(6000, 40_000, pause=6)) for _ in range(2)]
+        began = time.monotonic()
+        while time.monotonic() - began < 300:
+            await asyncio.sleep(chaos.dice.uniform(1, 6))
+            first, second = chaos.dice.sample(ACTS, 2)
+            if chaos.dice.random() < 0.3 and first.split("_")[0] != second.split("_")[0]:
+                await asyncio.gather(chaos.act(first), chaos.act(second))
+            else:
+                await chaos.act(first)
+        for task in uploads:
+            task.cancel()
+        await chaos.settle(within=240)
+        await chaos.check()
