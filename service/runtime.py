@@ -11,7 +11,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sqlalchemy import URL
 
@@ -124,8 +126,7 @@ async def open_runtime(
             transcriber=Transcriber(
                 store=store, bus=bus, blobs=blobs, upstream=upstream,
                 pacer=Pacer(clock, metrics.loop_lag.observe), clock=clock,
-                gate=SessionGate(clock, per_minute=settings.sessions_per_minute), patience_s=settings.upstream_patience,
-                alone=alone,
+                gate=_gate(settings, store, clock), patience_s=settings.upstream_patience, alone=alone,
             ),
             sweeper=Sweeper(
                 store=store, blobs=blobs, clock=clock,
@@ -136,6 +137,12 @@ async def open_runtime(
             stored_keys=await store.keys.all(),
             draining=asyncio.Event(),
         )  # fmt: skip
+
+
+def _gate(settings: Settings, store: Store, clock: Clock) -> SessionGate:
+    """All processes on a database that stream to the same host share its limit."""
+    reserve = partial(store.pace.reserve, urlsplit(settings.upstream_url).netloc)
+    return SessionGate(clock, per_minute=settings.sessions_per_minute, reserve=reserve)
 
 
 def _webhooks(settings: Settings, store: Store, clock: Clock) -> Webhooks | None:

@@ -195,7 +195,8 @@ class Settings(BaseSettings):
     max_audio_hours: float = _setting(12, "longest audio", gt=0, allow_inf_nan=False)
     max_streams: int = _setting(100, "upstream sessions at once", ge=1)
     max_queue: int = _setting(1000, "jobs waiting at most; further uploads are answered 429", ge=1)
-    sessions_per_minute: int = _setting(0, "new upstream sessions per minute; 0 = no limit of ours", ge=0)
+    sessions_per_minute: int = _setting(
+        0, "new upstream sessions per minute, of all processes on a database together; 0 = no limit of ours", ge=0)
     retain_audio: Duration = _setting(7 * 86400.0, "how long the audio of an ended job is kept", shown="7d")
     retain_jobs: Duration = _setting(30 * 86400.0, "how long an ended job is kept", shown="30d")
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_api_keys)] = _setting(

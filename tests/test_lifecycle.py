@@ -16,7 +16,6 @@ from service.core.job import Job
 from service.ports import BlobStore, Subscription
 from service.runtime import SystemClock, open_runtime
 from service.sandbox import faults as f
-from service.transcription import SessionGate
 from service.worker import start_worker
 from tests.kit import BytesUpload, Kit, eventually, running, spoken, statuses
 from tests.marked import WORD_MS, blocks, marked_pcm, marked_wav, words
@@ -472,14 +471,24 @@ async def test_sessions_per_minute_are_paced(tmp_path: Path) -> None:
         assert sum(("processing", "waiting_for_capacity") in course for course in courses) >= 2
 
 
-def test_the_gate_spaces_sessions_evenly() -> None:
-    class Stopped(SystemClock):
-        def now(self) -> float:
-            return 100.0
+async def test_waiting_for_the_pace_does_not_use_up_the_patience_with_upstream(tmp_path: Path) -> None:
+    faults = f.FaultPlan({"3": [f.Refuse(status=503)]})
+    async with running(tmp_path, faults=faults, sessions_per_minute=6, upstream_patience=5) as kit:
+        jobs = [await kit.submit(marked_wav(400)) for _ in range(3)]
+        for job in jobs:
+            assert (await kit.follow(job.id))[-1]["type"] == "job.completed"
+        assert kit.sandbox.knocks == 4
 
-    gate = SessionGate(Stopped(), per_minute=30)
-    assert [gate.reserve() for _ in range(4)] == [0, 2, 4, 6]
-    assert [SessionGate(Stopped(), per_minute=0).reserve() for _ in range(2)] == [0, 0]
+
+async def test_a_job_is_canceled_while_it_waits_for_the_pace(tmp_path: Path) -> None:
+    async with running(tmp_path, sessions_per_minute=1) as kit:
+        await kit.run(marked_wav(400))
+        job = await kit.submit(marked_wav(400))
+        async for event in kit.runtime.feed.follow(job.id, 0):
+            if b"waiting_for_capacity" in event.json:
+                await kit.runtime.intake.cancel(job.id)
+        assert (await job_of(kit, job.id)).status == "canceled"
+        assert kit.sandbox.knocks == 1
 
 
 async def test_streams_are_bounded_and_queued_jobs_wait_their_turn(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
-from service.store import idempotency, keys, outbox, schema
+from service.store import idempotency, keys, outbox, pace, schema
 from service.store.engines import open_engine
 from service.store.idempotency import Use
 from service.store.migration import migrate, schema_is_current, schema_of
@@ -88,6 +88,7 @@ class Store(Reader):
         self._renewals = Renewals(writer)
         self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
         self.keys = keys.Keys(self._rows, writer, insert_ignoring)
+        self.pace = pace.Pace(writer, insert_ignoring)
 
     # --- by callers ---------------------------------------------------------------------------------------------------
 

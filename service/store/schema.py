@@ -112,6 +112,14 @@ idempotency = Table(
 # The public JSON of a job's peaks, once somebody has asked for them; never without the audio.
 peaks = Table("peaks", metadata, Column("job_id", Text, primary_key=True), Column("doc", LargeBinary, nullable=False))
 
+# When the next session may begin at an upstream, by its host; on the database's clock. Kept where sessions are paced.
+session_pace = Table(
+    "session_pace",
+    metadata,
+    Column("upstream", Text, primary_key=True),
+    Column("next_ms", BigInteger, nullable=False),
+)
+
 doomed_audio = Table("doomed_audio", metadata, Column("job_id", Text, primary_key=True))
 
 

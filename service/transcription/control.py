@@ -2,13 +2,15 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
+import structlog
 
-from service.core.errors import Fenced
+from service.core.errors import Fenced, OurError
 from service.core.job import Failure
 from service.core.wav import WavInfo
 from service.pacer import Pacer
@@ -16,8 +18,12 @@ from service.ports import BlobStore, Clock, Upstream
 from service.transcription.recorder import Recorder
 
 CANCEL_SECONDS = 2.0
+SLACK_SECONDS = 1.0  # of a minute of sessions
+RESERVE_SECONDS = 2.0  # of the wall, for the database to give a place
 
 Stop = Literal["cancel", "drain", "failed"]
+
+log = structlog.get_logger(__name__)
 
 
 class Control:
@@ -77,21 +83,65 @@ class Lease:
 
 
 class SessionGate:
-    """Paces new upstream sessions: at most so many a minute, and few handshakes at once."""
+    """Paces new upstream sessions, those of all processes on a database together, and bounds handshakes at once.
 
-    def __init__(self, clock: Clock, *, per_minute: int, in_flight: int = 4) -> None:
-        """`per_minute` 0: no limit."""
+    Whoever is at the head of this process's line takes the next place, and leaves it to the one behind when it is
+    stopped: places are not taken for sessions that never begin, and no process has more than one ahead.
+    """
+
+    def __init__(
+        self, clock: Clock, *, per_minute: int, reserve: Callable[[float], Awaitable[float]], in_flight: int = 4
+    ) -> None:
+        """`per_minute` 0: no limit. `reserve(interval)` takes a place and returns how long it is until then, both in
+        seconds of the wall; it raises `OurError` when that cannot be known.
+        """
         self._clock = clock
-        self._interval = 60 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self.connecting = asyncio.Semaphore(in_flight)
+        # A session may begin a little after its place, the N-th after it on time: not within one minute even so.
+        self._interval = (60 + SLACK_SECONDS) / per_minute if per_minute else 0.0
+        self._reserve = reserve
+        self._line = asyncio.Lock()
+        self._place: float | None = None  # taken and not used
+        self._alone = 0.0  # the next place, where only this process is known of
+        self._connecting = asyncio.Semaphore(in_flight)
 
-    def reserve(self) -> float:
-        """Take the next place; seconds until it is due."""
-        now = self._clock.now()
-        due = max(now, self._next)
-        self._next = due + self._interval
-        return due - now
+    @asynccontextmanager
+    async def enter(self, tell: Callable[[bool], None]) -> AsyncIterator[float]:
+        """Wait for a place, then connect inside; yields how long the pace was waited for, in seconds.
+
+        Calls `tell(True)` when it has to wait and `tell(False)` when it may connect.
+        """
+        began = self._clock.now()
+        if not self._interval:
+            tell(False)
+            async with self._connecting:
+                yield 0.0
+            return
+        if self._line.locked():
+            tell(True)
+        async with self._connecting:  # first: a place must be used when it is due
+            async with self._line:
+                await self._wait(tell)
+            tell(False)
+            yield self._clock.now() - began
+
+    async def _wait(self, tell: Callable[[bool], None]) -> None:
+        if self._place is None or self._place < self._clock.now() - SLACK_SECONDS:
+            self._place = await self._next()
+        if (left := self._place - self._clock.now()) > 0:
+            tell(True)
+            await self._clock.sleep(left)
+        self._place = None
+
+    async def _next(self) -> float:
+        try:
+            async with asyncio.timeout(RESERVE_SECONDS):
+                wait = await self._reserve(self._clock.real(self._interval))
+            place = self._clock.now() + wait / self._clock.real(1)
+        except (OurError, TimeoutError) as exc:
+            log.warning("sessions are paced without knowing of other processes", error=str(exc))
+            place = max(self._clock.now(), self._alone)
+        self._alone = place + self._interval
+        return place
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ takes effect in any state. Each session is entered and left in this one task.
 """
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from math import isinf
 from typing import Literal
 
@@ -62,9 +62,6 @@ class ChannelStream:
             while not work.control.stop:
                 if self._all_terminated():
                     return Outcome("done")
-                if not await self._pause(work.gate.reserve(), Stage.WAITING_FOR_CAPACITY):
-                    break
-                work.recorder.stage(Stage.RECONNECTING if self._losses else Stage.CONNECTING)
                 position = resume_from(self._sessions(), work.recorder.finalized)
                 end = await self._run_session(min(position, self._total_ms))
                 if end is not None and (outcome := await self._lost(end)):
@@ -92,17 +89,13 @@ class ChannelStream:
             for s in newest
         )
 
-    async def _pause(self, seconds: float, stage: Stage | None = None) -> bool:
-        """Wait, unless stopped; whether to go on."""
+    async def _pause(self, seconds: float, stage: Stage) -> None:
+        """Wait, unless stopped."""
         if seconds > 0:
-            if stage is not None:
-                self._work.recorder.stage(stage)
-            try:
+            self._work.recorder.stage(stage)
+            with suppress(TimeoutError):
                 async with asyncio.timeout(self._work.clock.real(seconds)):
                     await self._work.control.stopped.wait()
-            except TimeoutError:
-                pass
-        return self._work.control.stop is None
 
     async def _lost(self, end: SessionEnd) -> Outcome | None:
         """Decide what follows an end nobody asked for. None: another session."""
@@ -169,11 +162,13 @@ class ChannelStream:
         self._conversation = Conversation(work.clock.now())
         self._conversation.deadline = float("inf")  # the backend bounds connecting itself
         source = Source(self._read, work.info, self._pick, position_ms)
-        reading = asyncio.create_task(source.run(), name="read-ahead")
-        reading.add_done_callback(self._on_read)
+        reading: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(None) as self._limit, AsyncExitStack() as stack:
-                async with work.gate.connecting:
+                async with work.gate.enter(self._tell_place) as waited:
+                    self._progress_at += waited  # by our own will: it does not use up the patience
+                    reading = asyncio.create_task(source.run(), name="read-ahead")
+                    reading.add_done_callback(self._on_read)
                     self._ws = await stack.enter_async_context(work.upstream.connect(query))
                 self._conversation = Conversation(work.clock.now())
                 self._reschedule()
@@ -181,7 +176,7 @@ class ChannelStream:
         except TimeoutError:
             if self._broken is not None:
                 raise self._broken from None
-            if reading.done():
+            if reading is not None and reading.done():
                 reading.result()  # the audio is gone or unreadable: that is what ended the session
             return None if work.control.stop else self._conversation.overdue()
         except SessionEnded as exc:
@@ -191,9 +186,14 @@ class ChannelStream:
             return None if asked or self._conversation.reason in ("cancel", "drain", "failed") else exc.end
         finally:
             self._limit = None
-            reading.cancel()
+            if reading is not None:
+                reading.cancel()
             self._leave()
         return None
+
+    def _tell_place(self, waiting: bool) -> None:
+        connecting = Stage.RECONNECTING if self._losses else Stage.CONNECTING
+        self._work.recorder.stage(Stage.WAITING_FOR_CAPACITY if waiting else connecting)
 
     async def _read(self, start: int, length: int) -> bytes:
         work = self._work

@@ -806,7 +806,7 @@ async def test_what_is_there_when_migrating_can_be_searched(database: str) -> No
         await write(store, held, an_event("j1", 3), after=2, turns=[a_turn(0, text="Said before."), a_turn(1)])
     engine = create_async_engine(database)
     async with engine.begin() as connection:
-        for table in ("said", "idempotency", "peaks", "api_keys", "own_secrets"):
+        for table in ("said", "idempotency", "peaks", "api_keys", "own_secrets", "session_pace"):
             await connection.exec_driver_sql(f"DROP TABLE {table}")
         await connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")
     await engine.dispose()
