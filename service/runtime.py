@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import structlog
 from sqlalchemy import URL
 
 from service.backends.assemblyai import AssemblyAI
@@ -34,6 +35,11 @@ from service.transcription import SessionGate, Transcriber
 from service.waveform import Waveforms
 from service.webhooks import Webhooks
 from service.webhooks.call import Caller
+
+DATABASE_PATIENCE_SECONDS = 60.0  # less than what a container has to start
+DATABASE_RETRY_SECONDS = 2.0
+
+log = structlog.get_logger(__name__)
 
 
 class SystemClock:
@@ -92,7 +98,7 @@ async def open_runtime(
     async with AsyncExitStack() as stack:
         url = database_url(settings)
         if settings.cluster:
-            await _check_schema(url)
+            await _check_schema(url, clock)
         else:
             settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.callback(os.close, _lock(settings.data_dir))
@@ -166,12 +172,20 @@ def database_url(settings: Settings) -> str:
     return URL.create("sqlite+aiosqlite", database=file).render_as_string(hide_password=False)
 
 
-async def _check_schema(url: str) -> None:
-    """Processes of a cluster do not migrate: another release may be running on this database."""
-    try:
-        current = await schema_is_current(url)
-    except Unavailable as exc:
-        raise SettingsError(f"TURNWIRE_DATABASE_URL: the database does not answer; {exc.detail}") from exc
+async def _check_schema(url: str, clock: Clock) -> None:
+    """Processes of a cluster do not migrate: another release may be running on this database. After a power cut they
+    may well be up before it.
+    """
+    deadline = clock.now() + DATABASE_PATIENCE_SECONDS
+    while True:
+        try:
+            current = await schema_is_current(url)
+            break
+        except Unavailable as exc:
+            if clock.now() > deadline:
+                raise Unavailable(f"TURNWIRE_DATABASE_URL: the database does not answer; {exc.detail}") from exc
+            log.warning("waiting for the database to answer", reason=exc.detail)
+        await clock.sleep(DATABASE_RETRY_SECONDS)
     if not current:
         raise SettingsError("TURNWIRE_DATABASE_URL: the database is not of this version; run `turnwire migrate`")
 

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -282,10 +284,37 @@ def test_a_shared_database_is_migrated_by_command_and_told_without_its_password(
     postgres.execute("CREATE ROLE late LOGIN VALID UNTIL '2001-01-01'", f"ALTER DATABASE {name} CONNECTION LIMIT 0")
     assert "too many connections" in doctor(url.replace("postgres:canary", "late:canary"))
     assert "is it running" in doctor(url.replace(str(postgres.port), "9"))
+    postgres.execute("UPDATE alembic_version SET version_num = '9999'", database=name)
+    monkeypatch.setenv("TURNWIRE_DATABASE_URL", url)
+    said.append(problem("migrate", code=1))
+    assert "9999 was made by a newer Turnwire" in said[-1]
+    assert "migrate with that one" in said[-1]
     monkeypatch.setenv("TURNWIRE_DATABASE_URL", url.replace(str(postgres.port), "9"))
     said += [problem("migrate", code=1), problem("keys", "ls", code=1)]
     assert "canary-password" not in "".join(said)
     postgres.drop(name)
+
+
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_a_node_gives_up_a_database_that_does_not_come(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.runtime.DATABASE_PATIENCE_SECONDS", 0)
+    for name, value in {
+        "UPSTREAM_URL": "ws://127.0.0.1:9/", "DATABASE_URL": "postgresql+asyncpg://me:canary@127.0.0.1:9/none",
+        "BROKER_URL": "nats://127.0.0.1:9", "AUDIO_URL": "s3://nobody-made-it",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"TURNWIRE_{name}", value)
+    said = problem(command, code=1)
+    assert said.startswith("turnwire: TURNWIRE_DATABASE_URL: the database does not answer")
+    assert "canary" not in said
+
+
+def test_a_start_on_a_database_of_a_newer_release_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run("migrate").exit_code == 0
+    with closing(sqlite3.connect(tmp_path / "data" / "turnwire.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    monkeypatch.setenv("TURNWIRE_UPSTREAM_URL", "ws://127.0.0.1:9/")
+    for command in ("serve", "migrate"):
+        assert "9999 was made by a newer Turnwire" in problem(command, code=1)
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

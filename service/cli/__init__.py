@@ -32,12 +32,13 @@ class Commands(TyperGroup):
             say(f"turnwire: {exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}")
             raise typer.Exit(1) from None
         except Exception as exc:
-            from service.settings import SettingsError  # costs too much for every start
+            from service.core.errors import OurError  # these cost too much for every start
+            from service.settings import SettingsError
 
-            if not isinstance(exc, SettingsError):
+            if not isinstance(exc, OurError | SettingsError):
                 raise
             say(f"turnwire: {exc}")
-            raise typer.Exit(2) from None
+            raise typer.Exit(1 if isinstance(exc, OurError) else 2) from None
 
 
 app = typer.Typer(

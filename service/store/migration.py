@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import make_url, text
+from sqlalchemy import Connection, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.core.errors import Unavailable
@@ -37,7 +37,7 @@ class Schema(NamedTuple):
 
 
 async def migrate(url: str) -> None:
-    """Bring the schema up to date. Raises `Unavailable`; alembic's CommandError where the schema is a newer one."""
+    """Bring the schema up to date. Raises `Unavailable`, also where a newer version has made it its own."""
     if make_url(url).get_backend_name() == "sqlite":
         _keep_private(Path(make_url(url).database or ""))
     elif (await schema_of(url))[0] == _newest():
@@ -89,12 +89,17 @@ def _newest() -> str:
 async def _upgrade(url: str) -> None:
     from alembic import command
     from alembic.config import Config
+    from alembic.migration import MigrationContext
 
     config = Config()
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     engine = open_engine(url, writing=True, command_seconds=None)  # making an index takes as long as it takes
 
-    def upgrade(sync_connection: object) -> None:
+    def upgrade(sync_connection: Connection) -> None:
+        found = MigrationContext.configure(sync_connection).get_current_revision()
+        if found is not None and found > _newest():
+            newer = f"Its schema {found} was made by a newer Turnwire, this one knows {_newest()}"
+            raise Unavailable(f"{newer}: migrate with that one, or restore a backup.")
         config.attributes["connection"] = sync_connection
         command.upgrade(config, "head")
 
