@@ -51,6 +51,7 @@ class Node:
     environment: dict[str, str]
     code: Path = ROOT  # of its release
     wanted: bool = True
+    up: asyncio.Event = field(default_factory=asyncio.Event)
     process: subprocess.Popen[bytes] | None = None
     _said: int = 0  # bytes of its log when its process began
 
@@ -110,10 +111,15 @@ class Node:
         while not await self._is_ready():
             assert time.monotonic() < deadline, f"{self.name} is not ready:\n{self.log.read_text()[-3000:]}"
             await asyncio.sleep(0.1)
+        self.up.set()
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """For this one only."""
+        return httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False, **options)
 
     async def _is_ready(self) -> bool:
         try:
-            async with httpx.AsyncClient(base_url=self.url, timeout=10, trust_env=False) as client:
+            async with self.client() as client:
                 return (await client.get("/readyz")).status_code == 200
         except httpx.TransportError:
             return False
@@ -142,10 +148,10 @@ class Cluster:
     restarts: dict[str, int] = field(default_factory=dict)
     up: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def node(self, name: str, command: str, *, code: Path = ROOT, **settings: str) -> Node:
-        """Start one more; `settings` are environment variables."""
+    def node(self, name: str, command: str, *, code: Path = ROOT, environment: Mapping[str, str] | None = None) -> Node:
+        """Start one more; `environment` is laid over that of all."""
         (port,) = free_ports(1)
-        node = Node(name, command, port, self.here, self.environment | settings, code)
+        node = Node(name, command, port, self.here, {**self.environment, **(environment or {})}, code)
         self.nodes.append(node)
         node.spawn()
         return node
@@ -165,8 +171,7 @@ class Cluster:
 
     def client(self, **options: Any) -> httpx.AsyncClient:
         """For any of the API nodes, dead ones too."""
-        base_url = self.dice.choice(self.of("serve")).url
-        return httpx.AsyncClient(base_url=base_url, timeout=20, trust_env=False, **options)
+        return self.dice.choice(self.of("serve")).client(**options)
 
     async def migrate(self, code: Path = ROOT) -> None:
         """`turnwire migrate`, by two at once."""
@@ -244,9 +249,7 @@ class Wanderer(Follower):
 
 
 @asynccontextmanager
-async def cluster(
-    here: Path, engines: Engines, *, serve: int, worker: int, seed: int = 1, **settings: str
-) -> AsyncIterator[Cluster]:
+async def cluster(here: Path, engines: Engines, *, serve: int, worker: int, seed: int = 1) -> AsyncIterator[Cluster]:
     """So many nodes on an empty database, all of them ready, and started again when they die."""
     async with AsyncExitStack() as stack:
         sandbox = await stack.enter_async_context(run_sandbox(recogniser=MarkedWords))
@@ -259,7 +262,6 @@ async def cluster(
             "TURNWIRE_BROKER_URL": engines.nats.url,
             "TURNWIRE_AUDIO_URL": f"{engines.s3.url}/{uuid.uuid4().hex}",
             **engines.s3.environment,
-            **settings,
         }
         made = Cluster(engines, sandbox, here, random.Random(seed), environment, url)
         stack.push_async_callback(_end, made)

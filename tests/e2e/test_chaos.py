@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +19,7 @@ import httpx
 import msgspec
 import pytest
 
+from service.core.job import Event, Job
 from tests.e2e.cluster import Cluster, Engines, Node, Wanderer, check, cluster
 from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
@@ -43,8 +44,8 @@ def engines() -> Iterator[Engines]:
 class Blow:
     """Something that took jobs from a worker."""
 
-    act: str
-    at_ms: float  # Unix
+    what: str
+    at: float  # seconds since the beginning
     jobs: set[str]
 
 
@@ -54,11 +55,12 @@ class Chaos:
 
     cluster: Cluster
     dice: random.Random
-    acts: Counter[str] = field(default_factory=Counter)
+    acts: list[tuple[float, str]] = field(default_factory=list)  # seconds since the beginning
     blows: list[Blow] = field(default_factory=list)
     followers: list[Wanderer] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)
     thaws: "set[asyncio.Task[None]]" = field(default_factory=set)
+    began: float = field(default_factory=time.time)
 
     async def upload(self, shortest_ms: int, longest_ms: int, pause: float) -> None:
         """Jobs, one after the other, each followed by one client."""
@@ -69,7 +71,7 @@ class Chaos:
 
     async def act(self, name: str) -> None:
         """One thing happens."""
-        self.acts[name] += 1
+        self.acts.append((time.time() - self.began, name))
         await getattr(self, f"_{name}")()
 
     def _worker(self, act: str) -> Node | None:
@@ -79,7 +81,7 @@ class Chaos:
             return None
         busy = [node for node in able if node.holds()]
         node = self.dice.choice(busy or able)
-        self.blows.append(Blow(act, time.time() * 1000, node.holds()))
+        self.blows.append(Blow(f"{act} {node.name}", time.time() - self.began, node.holds()))
         return node
 
     async def _worker_killed(self) -> None:
@@ -151,24 +153,31 @@ class Chaos:
         async with self.cluster.client() as client:
             await _check_listed(client, kept.keys())
         self.cluster.check_silence()
+        self.tell(kept)
+
+    def tell(self, kept: Mapping[str, tuple[Job, Sequence[Event]]]) -> None:
+        """The figures: among them from each blow to the next session of the jobs that the worker had."""
+        attempts = Counter(job.attempt for job, _ in kept.values())
+        moves = sum(follower.moves for follower in self.followers)
+        print(f"\n{len(kept)} jobs, attempts {sorted(attempts.items())}, {moves} moves of followers")
+        print(f"{len(self.acts)} acts {Counter(name for _, name in self.acts)}; started again {self.cluster.restarts}")
+        print("; ".join(f"{at:.0f} s {name}" for at, name in self.acts))
         taken: dict[str, list[float]] = {}
         for blow in self.blows:
-            for job_id in blow.jobs:
-                for event in kept[job_id][1] if job_id in kept else ():
-                    at_ms = datetime.fromisoformat(msgspec.json.decode(event.json)["at"]).timestamp() * 1000
-                    if at_ms > blow.at_ms and (event.type == "session.begin" or event.terminal):
-                        taken.setdefault(blow.act, []).append((at_ms - blow.at_ms) / 1000)
-                        break
-        self.tell(taken, [job.attempt for job, _ in kept.values()])
-
-    def tell(self, taken: dict[str, list[float]], attempts: list[int]) -> None:
-        """The figures."""
-        moves = sum(follower.moves for follower in self.followers)
-        print(f"\n{len(attempts)} jobs, attempts {Counter(attempts)}, {moves} moves of followers")
-        print(f"{sum(self.acts.values())} acts {dict(self.acts)}; started again: {self.cluster.restarts}")
+            times = [self._taken_over(blow, kept[job_id][1]) for job_id in blow.jobs if job_id in kept]
+            print(f"{blow.at:.0f} s {blow.what}: taken over after {[f'{t:.1f}' for t in sorted(times)]} s")
+            taken.setdefault(blow.what.split()[0], []).extend(times)
         for act, times in taken.items():
-            times.sort()
-            print(f"taken over after {act}: p50 {times[len(times) // 2]:.1f} s, max {times[-1]:.1f} s of {len(times)}")
+            if times:
+                ordered = sorted(times)
+                print(f"{act}: p50 {ordered[len(times) // 2]:.1f} s, max {ordered[-1]:.1f} s of {len(times)}")
+
+    def _taken_over(self, blow: Blow, log: Sequence[Event]) -> float:
+        for event in log:
+            at = datetime.fromisoformat(msgspec.json.decode(event.json)["at"]).timestamp() - self.began - blow.at
+            if at > 0 and (event.type == "session.begin" or event.terminal):
+                return at
+        return 0.0
 
 
 async def _check_listed(client: httpx.AsyncClient, job_ids: Iterable[str]) -> None:
