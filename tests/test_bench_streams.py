@@ -1,23 +1,50 @@
 """The benchmark of streams can be run: a handful of streams for a moment, nothing asserted of how fast."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.bench.far_end import FarEnd, holds
 from tests.bench.harness import Report, stop
-from tests.bench.streams import FarEnd, climb, holds, measure, most
+from tests.bench.streams import QUICK, climb, compare, costs, measure, most
 
 
-@pytest.mark.parametrize("name", ["edge", "whole"])
-def test_it_measures(name: str, tmp_path: Path) -> None:
-    """Over TLS, far end built here; all audio of that second arrives."""
-    far = FarEnd(tmp_path, tls=True)
-    try:
-        found = measure(name, far, 3, 100, seconds=1)
-    finally:
-        stop(far.process)
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarEnd]:
+    far = FarEnd(tmp_path_factory.mktemp("far"), tls=True)
+    yield far
+    stop(far.process)
+
+
+@pytest.mark.parametrize("name", ["edge", "stock", "websockets", "raw", "sdk", "sdk async"])
+def test_every_contender_that_needs_nothing_new_streams(name: str, far: FarEnd) -> None:
+    """Over TLS; audio arrives and the far end judges it."""
+    found = measure(name, far, 2, 100, seconds=0.3)
     assert found["cpu"] > 0
     assert found["rate"] > 0
+    assert found["live"] == 2
+
+
+def test_the_whole_service_climbs(far: FarEnd, tmp_path: Path) -> None:
+    """Table, plots, and the goals that need no other contender."""
+    report = Report("streams")
+    compare(report, far, ["whole"], "tls-50", {"whole": (1,)}, 0.3)
+    costs(report, far, ["edge"], "tls-50", (2,), rounds=1, seconds=0.3)
+    report.write(tmp_path)
+    written = json.loads((tmp_path / "streams.json").read_text())
+    steps, held, cpu = written["tables"]
+    assert [row[:2] for row in steps["rows"]] == [["whole", 1]]
+    assert [row[0] for row in held["rows"]] == ["whole"]
+    assert cpu["rows"][0][:2] == [2, "edge"]
+    assert {goal["wanted"] for goal in written["goals"]} == {"at least 700", "at most 180"}
+    assert (tmp_path / "streams-lateness-tls-50.svg").exists()
+    assert {"whole", "edge", "stock", "guide"} == set(QUICK)
+
+
+def figures(p99: float) -> dict[str, float]:
+    return {"p99": p99, "rate": 1.0}
 
 
 def test_the_ladder_ends_where_50_ms_are_missed() -> None:
@@ -26,12 +53,26 @@ def test_the_ladder_ends_where_50_ms_are_missed() -> None:
 
     def measured(streams: int) -> dict[str, float]:
         asked.append(streams)
-        return {"p99": {1: 5.0, 2: 30.0, 3: 80.0}[streams], "rate": 1.0}
+        return figures({1: 5.0, 2: 30.0, 3: 80.0}[streams])
 
-    steps = climb((1, 2, 3, 4), measured)
+    steps = climb((1, 2, 3, 4), 1, measured)
     assert asked == [1, 2, 2, 3, 3]
     assert (most(steps, 20), most(steps, 50)) == (1, 2)
     assert not holds({"p99": 1.0, "rate": 0.5}, 20)
+
+
+def test_a_ladder_goes_down_where_it_began_too_high() -> None:
+    """Until 20 ms hold, and no further."""
+    asked: list[int] = []
+
+    def measured(streams: int) -> dict[str, float]:
+        asked.append(streams)
+        return figures(5.0 if streams <= 2 else 90.0)
+
+    steps = climb((1, 2, 3, 4, 5), 4, measured)
+    assert asked == [4, 4, 3, 3, 2]
+    assert list(steps) == [2, 3, 4]
+    assert most(steps, 20) == 2
 
 
 def test_a_report_is_written(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """The ways to hold N streams that `tests.bench.streams` compares; each runs in a process of its own.
 
 `python -m tests.bench.contenders NAME URL STREAMS CHUNK_MS` connects, says `ready` and streams until it is killed. All send the
-same chunks to the same schedule and read five turns a second per stream; all but `raw`, which is the floor, decode each one.
+same chunks to the same schedule and read five turns a second per stream. Each turn is decoded: by this service's decoder where
+ways to move bytes are compared (`edge`, `stock`, `websockets`, `picows`), as their authors do it by the guide's script and the SDK,
+not at all by `raw`, which is the floor. All run on uvloop but those that have no event loop.
 """
 
 import asyncio
 import json
+import logging
 import os
 import ssl
 import sys
 import threading
 import time
+import warnings
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -21,11 +25,10 @@ import uvloop
 
 from service.backends.assemblyai import AssemblyAI
 from service.backends.frames import BINARY, encode
+from service.core.protocol import decode
 from service.pacer import Pacer
 from service.runtime import SystemClock
 from tests.raw_upstream import CERTIFICATE
-
-CONNECTS_PER_SECOND = 100
 
 
 class Schedule:
@@ -78,10 +81,7 @@ async def edge(url: str, streams: int, chunk_ms: int) -> None:
     """This service's upstream edge."""
     async with AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(AssemblyAI(url, None, tls=trust()))
-        live = []
-        for _ in range(streams):
-            live.append(await stack.enter_async_context(upstream.connect("sample_rate=16000")))
-            await asyncio.sleep(1 / CONNECTS_PER_SECOND)
+        live = [await stack.enter_async_context(upstream.connect("sample_rate=16000")) for _ in range(streams)]
 
         async def receive(session: Any) -> None:
             while True:
@@ -100,14 +100,13 @@ async def stock(url: str, streams: int, chunk_ms: int) -> None:
     async with AsyncExitStack() as stack:
         limits = httpx.Limits(max_connections=None)
         client = await stack.enter_async_context(httpx.AsyncClient(limits=limits, verify=trust(), trust_env=False))
-        live: list[AsyncWebSocketSession] = []
-        for _ in range(streams):
-            live.append(await stack.enter_async_context(aconnect_ws(url, client)))
-            await asyncio.sleep(1 / CONNECTS_PER_SECOND)
+        live: list[AsyncWebSocketSession] = [
+            await stack.enter_async_context(aconnect_ws(url, client)) for _ in range(streams)
+        ]
 
         async def receive(session: AsyncWebSocketSession) -> None:
             while True:
-                json.loads(await session.receive_text())
+                decode(await session.receive_text())
 
         tasks = [asyncio.create_task(receive(session)) for session in live]
         await Schedule(streams, chunk_ms).a_task_each([session.send_bytes for session in live])
@@ -119,14 +118,11 @@ async def websockets(url: str, streams: int, chunk_ms: int) -> None:
     from websockets.asyncio.client import connect
 
     tls = trust() if url.startswith("wss") else None
-    live = []
-    for _ in range(streams):
-        live.append(await connect(url, ssl=tls, compression=None, proxy=None))
-        await asyncio.sleep(1 / CONNECTS_PER_SECOND)
+    live = [await connect(url, ssl=tls, compression=None, proxy=None) for _ in range(streams)]
 
     async def receive(session: Any) -> None:
         async for message in session:
-            json.loads(message)
+            decode(message)
 
     tasks = [asyncio.create_task(receive(session)) for session in live]
     await Schedule(streams, chunk_ms).a_task_each([session.send for session in live])
@@ -140,13 +136,10 @@ async def picows(url: str, streams: int, chunk_ms: int) -> None:
     class Listener(WSListener):
         def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
             if frame.msg_type == WSMsgType.TEXT:
-                json.loads(frame.get_payload_as_memoryview().tobytes())
+                decode(frame.get_payload_as_bytes())
 
     tls = trust() if url.startswith("wss") else None
-    live = []
-    for _ in range(streams):
-        live.append((await ws_connect(Listener, url, ssl_context=tls))[0])
-        await asyncio.sleep(1 / CONNECTS_PER_SECOND)
+    live = [(await ws_connect(Listener, url, ssl_context=tls))[0] for _ in range(streams)]
     await Schedule(streams, chunk_ms).wheel([partial(transport.send, WSMsgType.BINARY) for transport in live])
 
 
@@ -167,10 +160,51 @@ async def raw(url: str, streams: int, chunk_ms: int) -> None:
         head = f"GET / HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
         transport.write(f"{head}Sec-WebSocket-Key: {key}\r\n\r\n".encode())
         writes.append(transport.write)
-        await asyncio.sleep(1 / CONNECTS_PER_SECOND)
     schedule = Schedule(streams, chunk_ms)
     schedule.chunk = encode(BINARY, schedule.chunk)
     await schedule.wheel(writes)
+
+
+def _sdk_options(url: str) -> tuple[Any, Any]:
+    from assemblyai.streaming.v3 import RealTimeParameters, RealTimeTranscriberOptions
+
+    options = RealTimeTranscriberOptions(api_key="k", api_host=url.rstrip("/"), connect_timeout=20)
+    return options, RealTimeParameters.model_validate({"sample_rate": 16000, "speech_model": "u3-rt-pro"})
+
+
+async def sdk_async(url: str, streams: int, chunk_ms: int) -> None:
+    """AssemblyAI's SDK, its asyncio client, a task per stream that hands it the audio."""
+    from assemblyai.streaming.v3 import AsyncRealTimeTranscriber, RealTimeEvents
+
+    options, parameters = _sdk_options(url)
+    live = []
+    for _ in range(streams):
+        client = AsyncRealTimeTranscriber(options)
+        client.on(RealTimeEvents.Turn, lambda _client, _turn: None)
+        await client.connect(parameters)
+        live.append(client)
+    await Schedule(streams, chunk_ms).a_task_each([client.stream for client in live])
+
+
+def sdk(url: str, streams: int, chunk_ms: int) -> None:
+    """AssemblyAI's SDK, its client of threads, three a stream; one more thread hands all of them their audio."""
+    from assemblyai.streaming.v3 import RealTimeEvents, RealTimeTranscriber
+
+    options, parameters = _sdk_options(url)
+    live = []
+    for _ in range(streams):
+        client = RealTimeTranscriber(options)
+        client.on(RealTimeEvents.Turn, lambda _client, _turn: None)
+        client.connect(parameters)
+        live.append(client)
+    schedule = Schedule(streams, chunk_ms)
+    print("ready", flush=True)
+    due = schedule.start
+    while True:
+        for client in live:
+            time.sleep(max(0.0, due - time.monotonic()))
+            client.stream(schedule.chunk)
+            due += schedule.interval / streams
 
 
 def guide(url: str, streams: int, chunk_ms: int) -> None:
@@ -178,10 +212,7 @@ def guide(url: str, streams: int, chunk_ms: int) -> None:
     import websocket
 
     options = {"ca_certs": str(CERTIFICATE)}
-    live = []
-    for _ in range(streams):
-        live.append(websocket.create_connection(url, sslopt=options, enable_multithread=True))
-        time.sleep(1 / CONNECTS_PER_SECOND)
+    live = [websocket.create_connection(url, sslopt=options, enable_multithread=True) for _ in range(streams)]
     schedule = Schedule(streams, chunk_ms)
 
     def receive(session: Any) -> None:
@@ -204,15 +235,18 @@ def guide(url: str, streams: int, chunk_ms: int) -> None:
 
 
 ASYNC: dict[str, Callable[[str, int, int], Awaitable[None]]] = {
-    "edge": edge, "stock": stock, "websockets": websockets, "picows": picows, "raw": raw
+    "edge": edge, "stock": stock, "websockets": websockets, "picows": picows, "raw": raw, "sdk async": sdk_async
 }  # fmt: skip
+THREADED = {"guide": guide, "sdk": sdk}
 
 
 def main() -> None:
     """Be one of them."""
     name, url, streams, chunk_ms = sys.argv[1:]
-    if name == "guide":
-        guide(url, int(streams), int(chunk_ms))
+    warnings.simplefilter("ignore")  # the SDK's are its own business
+    logging.disable()
+    if name in THREADED:
+        THREADED[name](url, int(streams), int(chunk_ms))
         return
 
     async def run() -> None:
