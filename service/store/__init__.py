@@ -21,7 +21,7 @@ from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
 from service.store import idempotency, keys, outbox, pace, schema
-from service.store.engines import open_engine
+from service.store.engines import open_engine, open_writer
 from service.store.idempotency import Use
 from service.store.migration import migrate, schema_is_current, schema_of
 from service.store.reading import Reader, Record, record_of
@@ -63,7 +63,7 @@ class Busy:
 async def open_store(url: str) -> AsyncIterator["Store"]:
     """Connect, and write until the end of the context."""
     sqlite = make_url(url).get_backend_name() == "sqlite"
-    write_engine, read_engine = open_engine(url, writing=True), open_engine(url, writing=False)
+    write_engine, read_engine = open_writer(url), open_engine(url, writing=False)
     writer = Writer(write_engine)
     task = asyncio.create_task(writer.run(), name="store-writer")
     store = Store(read_engine, writer, insert_ignoring=sqlite_insert if sqlite else pg_insert)
@@ -204,6 +204,7 @@ class Store(Reader):
         """
 
         became: list[Status] = []
+        tried: list[tuple[int, int]] = []  # epochs and leases that may have been committed without an answer
 
         async def run(connection: AsyncConnection) -> Claim | Busy | None:
             became.clear()  # as in `amend`
@@ -214,16 +215,19 @@ class Store(Reader):
             if row is None or row["status"] not in (Status.QUEUED, Status.PROCESSING):
                 return None
             wait_ms = row["lease_until_ms"] if row["status"] == Status.PROCESSING else row["not_before_ms"]
-            if wait_ms > clock:
+            ours = (row["epoch"], row["lease_until_ms"]) in tried
+            if wait_ms > clock and not ours:
                 return Busy((wait_ms - clock) / 1000)
             record = record_of(row, await self._finalized(connection, job_id))
-            job, made = begin(record, row["strikes"])
+            strikes = row["strikes"] - ours  # that claim has not died
+            job, made = begin(record, strikes)
             await self._append(connection, job, made)
             seq = record.event_seq + len(made)
-            epoch = record.epoch + 1
+            epoch, until = record.epoch + 1, clock + int(lease_s * 1000)
+            tried.append((epoch, until))
             values = {
-                "status": job.status, "epoch": epoch, "lease_until_ms": clock + int(lease_s * 1000),
-                "strikes": row["strikes"] + 1, "event_seq": seq, "doc": to_json(job), "ended_ms": _ended_ms(job),
+                "status": job.status, "epoch": epoch, "lease_until_ms": until, "strikes": strikes + 1,
+                "event_seq": seq, "doc": to_json(job), "ended_ms": _ended_ms(job),
             }  # fmt: skip
             await connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
             became.extend({job.status} - {row["status"]})

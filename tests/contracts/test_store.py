@@ -22,6 +22,7 @@ from service.core.errors import CallerError, Fenced, StorageFull, Unavailable
 from service.core.job import Claim, Event, Job, Status
 from service.store import MAX_STRIKES, Busy, Record, Store, Use, Write, migrate, open_store
 from service.store.schema import idempotency, metadata
+from service.store.writer import Writer
 from tests.doubles import CREATED_MS, a_job, a_session, a_turn, add_job, an_event, append, start, until
 from tests.engines.postgres import connect
 
@@ -415,6 +416,29 @@ async def test_a_step_keeps_job_events_and_turns_together(store: Store) -> None:
     assert (await store.claim("j1", lease_s=1, begin=start)) is not None
 
 
+async def test_a_claim_whose_answer_was_lost_is_ours_at_once_and_no_strike(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease that it wrote need not run out, and what came of it is fenced."""
+    await add_job(store)
+    end, answers = Writer._end, iter([ConnectionResetError()])
+
+    async def lose_the_first(connection: AsyncConnection, group: Any) -> None:
+        await end(connection, group)
+        for lost in answers:
+            raise lost
+
+    monkeypatch.setattr(Writer, "_end", staticmethod(lose_the_first))
+    held = await claim(store)
+    assert held.epoch == 2
+    events = [msgspec.json.decode(event.json) for event in await store.events_after("j1", 1)]
+    assert [event["strikes"] for event in events] == [0, 0]
+    await write(store, held, an_event("j1", 4, "turn.final"), after=3, turns=[a_turn()])
+    with pytest.raises(Fenced):
+        await write(store, msgspec.structs.replace(held, epoch=1), an_event("j1", 5), after=4)
+    assert isinstance(await store.claim("j1", lease_s=60, begin=start), Busy)
+
+
 async def test_a_step_tried_again_changes_nothing(store: Store) -> None:
     """The commit went through and only its answer was lost."""
     await add_job(store)
@@ -580,9 +604,7 @@ async def test_a_failure_in_a_group_is_told_to_whom_it_concerns(store: Store) ->
 
     async def collide(n: int) -> None:
         async def run(connection: Any) -> None:
-            await connection.exec_driver_sql(
-                "INSERT INTO events (job_id, seq, type, doc) VALUES ('j1', 1, 'twice', '')"
-            )
+            await connection.execute(text("INSERT INTO events (job_id, seq, type, doc) VALUES ('j1', 1, 'twice', '')"))
 
         await store._writer.write(f"x{n}", run)
 
