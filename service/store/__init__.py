@@ -21,7 +21,7 @@ from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
 from service.store import idempotency, keys, outbox, pace, schema
-from service.store.engines import open_engine, open_writer
+from service.store.engines import open_engine
 from service.store.idempotency import Use
 from service.store.migration import migrate, schema_is_current, schema_of
 from service.store.reading import Reader, Record, record_of
@@ -63,7 +63,7 @@ class Busy:
 async def open_store(url: str) -> AsyncIterator["Store"]:
     """Connect, and write until the end of the context."""
     sqlite = make_url(url).get_backend_name() == "sqlite"
-    write_engine, read_engine = open_writer(url), open_engine(url, writing=False)
+    write_engine, read_engine = open_engine(url, writing=True), open_engine(url, writing=False)
     writer = Writer(write_engine)
     task = asyncio.create_task(writer.run(), name="store-writer")
     store = Store(read_engine, writer, insert_ignoring=sqlite_insert if sqlite else pg_insert)

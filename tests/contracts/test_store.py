@@ -604,7 +604,9 @@ async def test_a_failure_in_a_group_is_told_to_whom_it_concerns(store: Store) ->
 
     async def collide(n: int) -> None:
         async def run(connection: Any) -> None:
-            await connection.execute(text("INSERT INTO events (job_id, seq, type, doc) VALUES ('j1', 1, 'twice', '')"))
+            await connection.exec_driver_sql(
+                "INSERT INTO events (job_id, seq, type, doc) VALUES ('j1', 1, 'twice', '')"
+            )
 
         await store._writer.write(f"x{n}", run)
 
