@@ -17,7 +17,8 @@ from service.core.coverage import coverage
 from service.core.errors import Unavailable
 from service.core.job import DELETED, LISTENING, Closed, Event, Stage, Status, hint
 from service.core.transcript import Folder
-from service.feed import PAGE, TAIL, Feed
+from service.feed import Feed
+from service.feed.hub import PAGE, TAIL
 from service.ports import Bus
 from service.runtime import SystemClock
 from service.store import Store
@@ -58,7 +59,7 @@ async def following(feed: Feed, job_id: str, after: int = 0) -> AsyncIterator[li
     task = asyncio.create_task(follow())
     try:
         hub = await _hub(feed, job_id)
-        await until(lambda: bool(hub._waiting) or task.done())
+        await until(lambda: bool(hub.audience._waiting) or task.done())
         yield seen
     finally:
         task.cancel()
@@ -66,7 +67,7 @@ async def following(feed: Feed, job_id: str, after: int = 0) -> AsyncIterator[li
 
 
 def _waits(hub: Any) -> bool:
-    return bool(hub._waiting)
+    return bool(hub.audience._waiting)
 
 
 async def _hub(feed: Feed, job_id: str) -> Any:
@@ -369,7 +370,7 @@ async def test_progress_never_goes_back_but_starts_again_after_a_restart(store: 
         hub = await _hub(feed, "j1")
         for sent_ms, after_seq in [(2000, 1), (1000, 1), (3000, 1)]:
             await tell(sent_ms, after_seq)
-            await until(lambda: not any(s._events for s in bus._topics["events.j1"]) and bool(hub._waiting))
+            await until(lambda: not any(s._events for s in bus._topics["events.j1"]) and bool(hub.audience._waiting))
         (restarted,) = await append(store, "j1", ("job.restarted", {"from_turn": 0}))
         await bus.publish("events.j1", restarted)
         await tell(9000, 1)  # of the run before, late
@@ -466,7 +467,7 @@ async def test_a_burst_to_many_followers_lets_others_run(store: Store) -> None:
     turn = 0
     tasks = [asyncio.create_task(follow()) for _ in range(500)]
     hub = await _hub(feed, "j1")
-    await until(lambda: len(hub._waiting) == 500)
+    await until(lambda: len(hub.audience._waiting) == 500)
     (event,) = await append(store, "j1", ("job.warning", {}))
     await bus.publish("events.j1", event)
     while not all(task.done() for task in tasks):

@@ -184,3 +184,11 @@ def abort(scope: Scope) -> None:
     cut: Callable[[], Any] | None = scope.get("extensions", {}).get("turnwire.abort")
     if cut is not None:
         cut()
+
+
+def writer(scope: Scope) -> Callable[[bytes], bool] | None:
+    """Sends a part of a body that has begun, at once and past all layers, which leave bodies as they are; False where
+    the client has to be waited for.
+    """
+    write: Callable[[bytes], bool] | None = scope.get("extensions", {}).get("turnwire.write")
+    return write

@@ -9,9 +9,9 @@ not everybody comes back in the same instant.
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import structlog
 from fastapi import APIRouter, Header, Query, Request
@@ -23,7 +23,7 @@ from service.core.errors import TurnwireError
 from service.core.job import TERMINAL_EVENTS, Event, make_event
 from service.runtime import Runtime
 from service.web.context import OwnJob, Services, preferred
-from service.web.edge import abort, is_head
+from service.web.edge import abort, is_head, writer
 from service.web.schemas import problem_answers
 
 PING_SECONDS = 15
@@ -67,6 +67,10 @@ async def follow(
     )  # fmt: skip
 
 
+def _all(_event: Event) -> bool:
+    return True
+
+
 def stream(
     runtime: Runtime,
     job_id: str,
@@ -74,31 +78,38 @@ def stream(
     *,
     after: int = 0,
     reset: bool = False,
-    wanted: Callable[[Event], bool] = lambda _: True,
+    wanted: Callable[[Event], bool] = _all,
     headers: Mapping[str, str] | None = None,
 ) -> "EventStream":
     """The response that follows a job, in the form the client asked for."""
-    form = _Lines() if preferred(accept, (SSE, NDJSON)) == NDJSON else _Frames()
-    return EventStream(job_id, _encoded(runtime, job_id, form, after, reset, wanted), form, headers)
+    form = _LINES if preferred(accept, (SSE, NDJSON)) == NDJSON else _FRAMES
+    push = _Push(form, wanted)
+    return EventStream(job_id, _encoded(runtime, job_id, form, after, reset, wanted, push), form, headers, push)
 
 
 def _filter(types: list[str]) -> Callable[[Event], bool]:
     names = {name.strip() for item in types for name in item.split(",")} - {""}
     if not names:
-        return lambda _: True
+        return _all
     exact = names | TERMINAL_EVENTS | {RESET}
     beginnings = tuple(name[:-1] for name in names if name.endswith("*"))
     return lambda event: event.type in exact or event.type.startswith(beginnings)
 
 
 async def _encoded(
-    runtime: Runtime, job_id: str, form: "_Frames", after: int, reset: bool, wanted: Callable[[Event], bool]
+    runtime: Runtime,
+    job_id: str,
+    form: "_Frames",
+    after: int,
+    reset: bool,
+    wanted: Callable[[Event], bool],
+    push: "_Push",
 ) -> AsyncGenerator[bytes, None]:
     yield form.opening()
     if reset:
         yield form.event(make_event(job_id, None, RESET, runtime.clock.utc_ms(), {}))
     try:
-        async with aclosing(runtime.feed.pages(job_id, after)) as pages:
+        async with aclosing(runtime.feed.pages(job_id, after, push)) as pages:
             async for page in pages:
                 held, size = [], 0
                 for event in page:
@@ -152,20 +163,52 @@ class _EmptyLine(ServerSentEvent):
         return b"\n"
 
 
+_FRAMES, _LINES = _Frames(), _Lines()
+
+
+class _Push:
+    """Hands what is new to one client, if it takes it at once. What is the same for many is put together once."""
+
+    _last: ClassVar[dict[_Frames, tuple[Sequence[Event], bytes]]] = {}
+
+    def __init__(self, form: _Frames, wanted: Callable[[Event], bool]) -> None:
+        self.write: Callable[[bytes], bool] | None = None  # how, once the response has begun; None: not at all
+        self._form = form
+        self._wanted = wanted
+
+    def __call__(self, page: Sequence[Event]) -> bool:
+        """Whether it was sent."""
+        if self.write is None:
+            return False
+        if self._wanted is not _all:
+            body = b"".join([self._form.event(event) for event in page if self._wanted(event)])
+            return not body or self.write(body)
+        last = self._last.get(self._form)
+        if last is None or last[0] is not page:
+            last = self._last[self._form] = page, b"".join([self._form.event(event) for event in page])
+        return self.write(last[1])
+
+
 class EventStream(EventSourceResponse):
     """sse-starlette's response, with its headers and its answer to HEAD, at a third of what its sending costs.
 
-    Stock runs four tasks a subscriber and opens a cancel scope an event. Here the request's own task sends, a second
-    one notices that the client left, and one timer looks after signs of life and clients that take nothing. Nobody
-    waits for uvicorn's exit signal: it never comes here, streams end through the feed.
+    Stock runs four tasks a subscriber and opens a cancel scope an event. Here whoever has news sends them, or else the
+    request's own task; a second one notices that the client left, and one timer looks after signs of life and clients
+    that take nothing. Nobody waits for uvicorn's exit signal: it never comes here, streams end through the feed.
     """
 
     def __init__(
-        self, job_id: str, frames: AsyncGenerator[bytes, None], form: _Frames, headers: Mapping[str, str] | None = None
+        self,
+        job_id: str,
+        frames: AsyncGenerator[bytes, None],
+        form: _Frames,
+        headers: Mapping[str, str] | None = None,
+        push: _Push | None = None,
     ) -> None:
-        """`frames` are sent as they are."""
+        """`frames` are sent as they are; `push` is what else is sent while they are waited for."""
         super().__init__(frames, headers=headers, media_type=form.media_type)
         self._job_id = job_id
+        self._push = push
         self._frames = frames
         self._form = form
 
@@ -181,6 +224,8 @@ class EventStream(EventSourceResponse):
             # the task by hand would look like the stop of the server.
             async with watch.scope, aclosing(self._frames):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                if self._push is not None:
+                    self._push.write = writer(scope)
                 async for frames in self._frames:
                     await watch.put(frames)
                 await watch.put(b"", more=False)

@@ -12,10 +12,11 @@ import signal
 import socket
 import uuid
 from collections.abc import Awaitable, Callable, Generator, Iterator
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.runtime import Runtime
 from service.web.problems import problem
@@ -127,6 +128,7 @@ class _Protocol(HttpToolsProtocol):
     """One connection, with bounds of time and size on what comes before a request's body; uvicorn has none.
 
     The application may cut it (`turnwire.abort`): closing waits until a client has taken what was sent, maybe for ever.
+    And it may send a part of the body without a task (`turnwire.write`), where the client takes it at once.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -166,3 +168,12 @@ class _Protocol(HttpToolsProtocol):
         """The head is whole."""
         self._deadline.cancel()
         super().on_headers_complete()
+        self.scope["extensions"]["turnwire.write"] = partial(_write, self.cycle)  # type: ignore[assignment]
+
+
+def _write(cycle: RequestResponseCycle, body: bytes) -> bool:
+    """As `send` does in the middle of a body of unknown length; False where that has to wait or has no place."""
+    if cycle.flow.write_paused or not cycle.chunked_encoding or cycle.response_complete or cycle.transport.is_closing():
+        return False
+    cycle.transport.write(b"%x\r\n%s\r\n" % (len(body), body))
+    return True

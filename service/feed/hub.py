@@ -1,0 +1,258 @@
+"""One job and process: what the bus and the store tell of it, put in order. Part of FLOOR 3.
+
+Listens before it reads how far the log is. A durable event is taken when it is the next; any sign of one that did not
+come, and any silence, is a reason to look into the log, soon again where the bus is known to lose. A database that is
+away is asked again until it is back.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+import msgspec
+
+from service.core.errors import Unavailable
+from service.core.job import BEHIND, DELETED, LISTENING, Event, hint
+from service.feed.audience import Audience, News, Position, Rounds
+from service.ports import Bus, Clock, Subscription
+from service.store import Store
+
+TAIL = 256
+PAGE = 100
+SILENCE_SECONDS = 5.0
+RETRY_SECONDS = 1.0  # while the database is away; and instead of a silence, where the bus is known to lose
+WARY = 10  # so many looks into the log have to find nothing before the bus is trusted again
+
+
+class _Key(msgspec.Struct):
+    session_id: str = ""
+    turn_order: int = -1
+
+
+class _Head(msgspec.Struct):
+    """What the hub needs to know of an event's payload."""
+
+    turn: _Key | None = None
+    session_id: str | None = None
+    sent_ms: int = 0
+
+
+_head = msgspec.json.Decoder(_Head).decode
+
+
+class Hub:
+    """Listens to one job for all who follow it in this process, until the last has left."""
+
+    def __init__(self, job_id: str, store: Store, bus: Bus, clock: Clock, rounds: Rounds) -> None:
+        """Begins at once."""
+        self.followers = 0
+        self.ready = asyncio.Event()
+        self.last = 0
+        self.audience = Audience(rounds, self._news)
+        self._ended = self._gone = False
+        self._stopping = asyncio.Event()
+        self._job_id = job_id
+        self._store = store
+        self._bus = bus
+        self._clock = clock
+        self._tail: deque[Event] = deque(maxlen=TAIL)
+        self._partials: dict[str, tuple[int, _Key, Event]] = {}  # session → (version, key, event)
+        self._final: dict[str, float] = {}  # session → highest turn order that is final
+        self._progress: tuple[int, int, Event] | None = None  # version, sent_ms, event
+        self._reading: dict[int, asyncio.Task[Sequence[Event]]] = {}  # pages of the log that followers wait for
+        self._floor = 0  # what followed an older event is of a run that is over, or from before this hub
+        self._wary = 0
+        self._task = asyncio.create_task(self._listen(), name=f"feed-{job_id}")
+
+    # --- followers ----------------------------------------------------------------------------------------------------
+
+    def tail_after(self, seq: int) -> Sequence[Event]:
+        """The events after `seq` if the tail has them."""
+        first = self._tail[0].seq if self._tail else None
+        if first is None or seq + 1 < first:
+            return ()
+        return [self._tail[i] for i in range(seq + 1 - first, min(len(self._tail), seq + 1 - first + PAGE))]
+
+    async def read_after(self, seq: int) -> Sequence[Event]:
+        """A page of the log, however long the database is away; empty if the job is gone or the process stops.
+
+        Followers who come in a burst share what is being read.
+        """
+        while True:
+            reading = self._reading.get(seq)
+            if reading is None:
+                reading = asyncio.create_task(self._store.events_after(self._job_id, seq, PAGE))
+                self._reading[seq] = reading
+                reading.add_done_callback(lambda task: (self._reading.pop(seq), task.cancelled() or task.exception()))
+            await asyncio.wait([reading])  # which a follower who leaves does not cancel
+            try:
+                return reading.result()
+            except Unavailable:
+                if await self._stops_within(RETRY_SECONDS):
+                    return ()
+
+    def current(self, seen: int) -> list[Event]:
+        """Partials and progress newer than version `seen`."""
+        found = [event for version, _, event in self._partials.values() if version > seen]
+        if self._progress and self._progress[0] > seen:
+            found.append(self._progress[2])
+        return found
+
+    @property
+    def done(self) -> bool:
+        """Whether followers who have everything may go."""
+        return self._gone or self._ended or self._stopping.is_set()
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody listens any more; a slow follower may still be reading what there was."""
+        return self._task.done()
+
+    def check(self) -> None:
+        """Raise what ended the listening task."""
+        if self._task.done() and not self._task.cancelled():
+            self._task.result()
+
+    def end(self) -> None:
+        """The process stops."""
+        self._stopping.set()
+        self.audience.wake()
+
+    def close(self) -> None:
+        """The last follower left."""
+        self._task.cancel()
+        for reading in self._reading.values():
+            reading.cancel()
+
+    def _news(self, position: Position) -> News | None:
+        """What the tail has for one who is that far; None where there is more to it."""
+        cursor, seen = position
+        if self.done or self.over:
+            return None
+        if cursor > self.last:
+            return News((), position)  # who comes from elsewhere may know more than this hub
+        durable = self.tail_after(cursor)
+        if cursor < self.last and (not durable or durable[-1].seq != self.last):
+            return None
+        return News([*durable, *self.current(seen)], Position(self.last, self.audience.version))
+
+    # --- listening ----------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        try:
+            async with self._bus.subscribe(f"events.{self._job_id}") as subscription:
+                while not self._gone:
+                    try:
+                        if self.ready.is_set():
+                            await self._take(subscription)
+                        else:
+                            await self._begin()
+                    except Unavailable:
+                        self._wary = WARY
+                        if await self._stops_within(RETRY_SECONDS):
+                            self.ready.set()  # nobody will be told any more
+        finally:
+            self.ready.set()
+            self.audience.wake()
+
+    async def _begin(self) -> None:
+        """Followers replay from the store by themselves; the hub needs the newest event only, to know whether the job
+        has ended.
+        """
+        newest = await self._newest()
+        self.last = max(0, newest - 1)
+        await self._read_up_to(newest)
+        self._floor = self.last
+        self.ready.set()
+        await self._bus.publish(f"control.{self._job_id}", hint(self._job_id, LISTENING))
+
+    async def _take(self, subscription: Subscription) -> None:
+        """What the bus brings, until it is silent or has lost something; then what the store has."""
+        event = await self._lost(subscription)
+        if self._gone:
+            return
+        before, newest = self.last, await self._newest()
+        await self._read_up_to(newest)
+        self._wary = WARY if self.last > before else max(0, self._wary - 1)
+        if event is not None and event.seq is None and event.type != BEHIND:
+            self._ephemeral(event)
+
+    async def _lost(self, subscription: Subscription) -> Event | None:
+        """Take events. The first that tells of one that did not come, or None after a silence."""
+        loop = asyncio.get_running_loop()
+        patience = self._clock.real(RETRY_SECONDS if self._wary else SILENCE_SECONDS)
+        heard = loop.time()
+        while (until := heard + patience) > loop.time():  # a timer for each event would cost more than the event
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    while not self._gone:
+                        event = await subscription.next()
+                        heard = loop.time()
+                        if event.seq == self.last + 1:
+                            self._durable(event)
+                        elif event.type == BEHIND or max(event.seq or 0, event.after_seq) > self.last:
+                            return event  # it was committed before anyone was told of what follows it
+                        elif event.type == DELETED:
+                            self._leave()
+                        elif event.seq is None:
+                            self._ephemeral(event)
+                    return None
+        return None
+
+    async def _newest(self) -> int:
+        newest = await self._store.newest_seq(self._job_id)
+        if newest is None:
+            self._leave()
+        return newest or 0
+
+    def _leave(self) -> None:
+        self._gone = True
+        self.audience.wake()
+
+    async def _read_up_to(self, newest: int) -> None:
+        while self.last < newest:
+            page = await self._store.events_after(self._job_id, self.last, PAGE)
+            if not page:
+                return
+            for event in page:
+                self._durable(event)
+
+    async def _stops_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._clock.real(seconds)):
+                await self._stopping.wait()
+        return self._stopping.is_set()
+
+    def _durable(self, event: Event) -> None:
+        self.last = event.seq or self.last
+        self._tail.append(event)
+        self._ended = event.terminal
+        if event.type == "turn.final":
+            key = _head(event.json).turn or _Key()
+            self._final[key.session_id] = max(self._final.get(key.session_id, -1), key.turn_order)
+            held = self._partials.get(key.session_id)
+            if held and held[1].turn_order <= key.turn_order:
+                del self._partials[key.session_id]
+        elif event.type == "session.lost":
+            session = _head(event.json).session_id or ""
+            if session is not None:  # None: it never began
+                self._final[session] = float("inf")
+                self._partials.pop(session, None)
+        elif event.type == "job.restarted" or event.terminal:
+            self._partials.clear()
+            self._progress = None
+            self._floor = self.last
+        self.audience.wake()
+
+    def _ephemeral(self, event: Event) -> None:
+        if self._ended or not self._floor <= event.after_seq <= self.last:
+            return
+        head = _head(event.json)
+        if head.turn is None:
+            if self._progress is None or head.sent_ms >= self._progress[1]:
+                self._progress = (self.audience.version + 1, head.sent_ms, event)
+                self.audience.wake()
+        elif head.turn.turn_order > self._final.get(head.turn.session_id, -1):
+            self._partials[head.turn.session_id] = (self.audience.version + 1, head.turn, event)
+            self.audience.wake()
