@@ -59,7 +59,7 @@ class Metrics:
         def seconds(name: str, text: str) -> Histogram:
             return Histogram(f"turnwire_{name}_seconds", text, buckets=_LATENESS, registry=r)
 
-        self.chunk_lateness = seconds("chunk_lateness", "How late audio chunks were sent")
+        self.chunk_lateness = seconds("chunk_lateness", "How long after their turn on the wheel audio chunks were sent")
         self.loop_lag = seconds("event_loop_lag", "How late timers of the event loop fired")
         self.commit_seconds = seconds("commit", "Time to commit a group of writes")
         self.streams = gauge("streams", "Upstream streams running")

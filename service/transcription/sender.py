@@ -1,9 +1,9 @@
 """Audio out: read ahead from the blob store, converted, and sent chunk by chunk when the pacer says so. Part of FLOOR
 3.
 
-`Source` reads 64 KiB blocks off the event loop, never whole files. `Sender.tick` runs on the pacer's wheel and never
-waits: a chunk is there or it is tried again a tick later, and the schedule catches up gently. Positions are
-milliseconds of the file.
+`Source` reads 64 KiB blocks off the event loop, never whole files, and holds a second of audio and one block at most.
+`Sender.tick` runs on the pacer's wheel and never waits: a chunk is there or it is tried again a tick later, and the
+schedule catches up gently. Positions are milliseconds of the file.
 """
 
 import asyncio
@@ -51,6 +51,7 @@ class Source:
         self._read = read
         self._converter = Converter(info.format, channel)
         self._plain = not info.format.converted
+        self._enough = info.format.upstream_rate * FRAME_BYTES  # a second: no chunk is longer
         frame = position_ms * info.format.sample_rate // 1000
         self._at = info.data_start + frame * info.format.frame_bytes
         self._end = info.data_start + info.data_bytes
@@ -64,20 +65,24 @@ class Source:
         """Keep the buffer filled until the end of the audio."""
         while not self.complete:
             await self._low.wait()
-            block = await self._read(self._at, min(BLOCK, self._end - self._at))
-            self._at += len(block)
-            last = self._at >= self._end or not block
-            if self._plain:  # no work for a thread
-                data = self._converter.convert(block, last=last)
-            else:
-                data = await asyncio.to_thread(self._converter.convert, block, last=last)
-            self._buffer = self._buffer[self._taken :] + data
-            self._taken = 0
-            self.complete = last
-            self._mark()
+            await self._fill()
+
+    async def _fill(self) -> None:
+        # Apart from `run`, which waits for seconds: a thousand streams would all keep their last block meanwhile.
+        block = await self._read(self._at, min(BLOCK, self._end - self._at))
+        self._at += len(block)
+        last = self._at >= self._end or not block
+        if self._plain:  # no work for a thread
+            data = self._converter.convert(block, last=last)
+        else:
+            data = await asyncio.to_thread(self._converter.convert, block, last=last)
+        self._buffer = self._buffer[self._taken :] + data
+        self._taken = 0
+        self.complete = last
+        self._mark()
 
     def _mark(self) -> None:
-        if len(self._buffer) - self._taken < BLOCK:
+        if len(self._buffer) - self._taken < self._enough:
             self._low.set()
         else:
             self._low.clear()
@@ -129,12 +134,13 @@ class Sender:
         self._chunk = 0
         self._bytes = 0
         self._timer: Timer | None = None
+        self._due = 0.0  # when the next chunk is to go
         self.start: float | None = None
         self.position_ms = offset_ms
 
     def begin(self, pacer: Pacer, start: float) -> None:
         """Send chunk 0 at `start` and the others after it."""
-        self.start = start
+        self.start = self._due = start
         self._timer = pacer.add(start, self.tick)
 
     def stop(self) -> None:
@@ -162,19 +168,22 @@ class Sender:
             self._ended()
             return None
         if self._paused() or self._session.buffered > HIGH_WATER:
-            return now + self._schedule.chunk_seconds
+            self._due = now + self._schedule.chunk_seconds
+            return self._due
         chunk = self._source.take(self._schedule.chunk_bytes)
         if chunk is None:
             return now + TICK
         if chunk:
-            metrics.chunk_lateness.observe(max(0.0, now - self.start - self._schedule.due(self._chunk)))
+            # Against its own plan: a stream that makes up for an outage is behind the recording, and yet in time.
+            metrics.chunk_lateness.observe(max(0.0, now - self._due))
             self._session.send(self._schedule.padded(chunk))
             self._chunk += 1
             self._bytes += len(chunk)
             self._sent(self._advance())
         if self._source.exhausted():
             return max(now, self.start + self._schedule.seconds(self._bytes))
-        return self._schedule.next_send(self._chunk, start=self.start, sent_at=now)
+        self._due = self._schedule.next_send(self._chunk, start=self.start, sent_at=now)
+        return self._due
 
     def _advance(self) -> int:
         sent_ms = self._bytes // FRAME_BYTES * 1000 // self._schedule.rate
