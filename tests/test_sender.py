@@ -5,6 +5,7 @@ import random
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import cast
 
 import pytest
 
@@ -13,6 +14,7 @@ from service.core.formats import AudioFormat
 from service.core.pacing import Schedule
 from service.core.wav import WavInfo
 from service.pacer import Pacer
+from service.ports import UpstreamSession
 from service.telemetry import metrics
 from service.transcription.sender import BLOCK, HIGH_WATER, Sender, Source
 from tests.doubles import LoopClock, leaping
@@ -122,7 +124,7 @@ def sent_and_late(*, loop_late: Callable[[], float] = lambda: 0.0, disk: float =
 
         async with reading(read, info) as source:
             sender = Sender(
-                wire, source, Schedule(16_000, 50), clock, offset_ms=0, total_ms=info.duration_ms,
+                cast("UpstreamSession", wire), source, Schedule(16_000, 50), clock, offset_ms=0, total_ms=info.duration_ms,
                 paused=lambda: False, sent=lambda _position: None, ended=lambda: None, broke=lambda _exc: None,
             )  # fmt: skip
             sender.begin(Pacer(clock), clock.now())
