@@ -61,10 +61,11 @@ class Chaos:
     frozen: set[str] = field(default_factory=set)
     thaws: "set[asyncio.Task[None]]" = field(default_factory=set)
     began: float = field(default_factory=time.time)
+    over: bool = False
 
     async def upload(self, shortest_ms: int, longest_ms: int, pause: float) -> None:
-        """Jobs, one after the other, each followed by one client."""
-        while True:
+        """Jobs, one after the other, each followed by one client, until it is over."""
+        while not self.over:
             job = await self.cluster.upload(marked_wav(self.dice.randrange(shortest_ms, longest_ms, 200)))
             self.followers.append(self.cluster.follow(job["id"]))
             await asyncio.sleep(pause * self.dice.uniform(0.5, 1.5))
@@ -136,9 +137,10 @@ class Chaos:
         await asyncio.sleep(self.dice.uniform(0, 4))
         await asyncio.to_thread(s3.start)
 
-    async def settle(self, within: float) -> None:
-        """Until all jobs have ended."""
-        await asyncio.gather(*self.thaws)
+    async def settle(self, uploads: "Sequence[asyncio.Task[None]]", within: float) -> None:
+        """No more uploads; until all jobs have ended."""
+        self.over = True
+        await asyncio.gather(*uploads, *self.thaws)
         try:
             async with asyncio.timeout(within):
                 await asyncio.gather(*(follower.task for follower in self.followers if follower.task))
@@ -149,11 +151,11 @@ class Chaos:
     async def check(self) -> None:
         """Everything, and the figures."""
         kept = await self.cluster.kept([follower.job_id for follower in self.followers])
+        self.tell(kept)
         check(kept, self.followers)
         async with self.cluster.client() as client:
             await _check_listed(client, kept.keys())
         self.cluster.check_silence()
-        self.tell(kept)
 
     def tell(self, kept: Mapping[str, tuple[Job, Sequence[Event]]]) -> None:
         """The figures: among them from each blow to the next session of the jobs that the worker had."""
@@ -199,9 +201,7 @@ async def test_everything_happens_once(tmp_path: Path, engines: Engines) -> None
         for act in ("worker_frozen", "worker_killed", *chaos.dice.sample(ACTS[3:] + ACTS[1:2], 7)):
             await chaos.act(act)
             await asyncio.sleep(chaos.dice.uniform(0.5, 2))
-        for task in uploads:
-            task.cancel()
-        await chaos.settle(within=200)
+        await chaos.settle(uploads, within=200)
         await chaos.check()
 
 
@@ -220,7 +220,5 @@ async def test_five_minutes_of_it(tmp_path: Path, engines: Engines, seed: int) -
                 await asyncio.gather(chaos.act(first), chaos.act(second))
             else:
                 await chaos.act(first)
-        for task in uploads:
-            task.cancel()
-        await chaos.settle(within=240)
+        await chaos.settle(uploads, within=240)
         await chaos.check()

@@ -57,9 +57,10 @@ async def replace(made: Cluster, command: str, code: Path) -> None:
 async def test_a_release_after_the_other(tmp_path: Path, postgres: Postgres, nats_server: Nats, s3_server: S3) -> None:
     dice, followers = random.Random(1), list[Wanderer]()
     async with cluster(tmp_path, Engines(postgres, nats_server, s3_server), serve=2, worker=2) as made:
+        over = asyncio.Event()
 
         async def upload() -> None:
-            while True:
+            while not over.is_set():
                 job = await made.upload(marked_wav(dice.randrange(4000, 12_000, 200)))
                 followers.append(made.follow(job["id"]))
                 await asyncio.sleep(1)
@@ -72,7 +73,8 @@ async def test_a_release_after_the_other(tmp_path: Path, postgres: Postgres, nat
         await replace(made, "worker", code)
         await replace(made, "serve", code)
         await asyncio.sleep(1)
-        uploading.cancel()
+        over.set()
+        await uploading
         for follower in followers:
             await follower.done(within=120)
         kept = await made.kept([follower.job_id for follower in followers])
