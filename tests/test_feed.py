@@ -17,7 +17,8 @@ from service.core.coverage import coverage
 from service.core.errors import Unavailable
 from service.core.job import DELETED, LISTENING, Closed, Event, Stage, Status, hint
 from service.core.transcript import Folder
-from service.feed import Feed
+from service.feed import Feed, audience
+from service.feed.audience import Push
 from service.feed.hub import PAGE, TAIL
 from service.ports import Bus
 from service.runtime import SystemClock
@@ -86,19 +87,23 @@ class Follower:
     dice: random.Random
     seen: list[Event] = field(default_factory=list)
     last: int = 0
+    patience: int = 0
 
     async def follow(self, job_id: str) -> None:
         while True:
-            patience = self.dice.choice([1, 2, 5, 20, 1000])
-            stream = self.dice.choice(self.feeds).follow(job_id, self.last)
+            self.patience = self.dice.choice([1, 2, 5, 20, 1000])
+            willing = self.dice.choice([0, 0.5, 0.9, 1])
+            push = functools.partial(self._push, willing)
+            stream = self.dice.choice(self.feeds).pages(job_id, self.last, push)
             try:
-                async for event in stream:
-                    self.seen.append(event)
-                    self.last = event.seq or self.last
-                    for _ in range(self.dice.choice([0, 0, 0, 1, 10])):
-                        await asyncio.sleep(0)
-                    patience -= 1
-                    if not patience:
+                async for page in stream:
+                    for event in page:
+                        self._see(event)
+                        for _ in range(self.dice.choice([0, 0, 0, 1, 10])):
+                            await asyncio.sleep(0)
+                        if self.patience <= 0:
+                            break
+                    if self.patience <= 0:
                         break
                 else:
                     if self.seen and self.last == self.end:
@@ -106,6 +111,18 @@ class Follower:
             finally:
                 await stream.aclose()
             await asyncio.sleep(self.dice.choice([0, 0, 0.001]))
+
+    def _push(self, willing: float, page: Sequence[Event]) -> bool:
+        if self.patience <= 0 or self.dice.random() >= willing:
+            return False
+        for event in page:
+            self._see(event)
+        return True
+
+    def _see(self, event: Event) -> None:
+        self.seen.append(event)
+        self.last = event.seq or self.last
+        self.patience -= 1
 
     end = -1
 
@@ -476,6 +493,72 @@ async def test_a_burst_to_many_followers_lets_others_run(store: Store) -> None:
     assert len(woken) == 500
     assert max(woken.count(n) for n in set(woken)) <= 100, "at most a hundred in one turn of the loop"
     assert not feed._hubs
+
+
+@asynccontextmanager
+async def offered(feed: Feed, *pushes: Push) -> AsyncIterator[list[list[Event]]]:
+    """Followers of j1 in the background, and what each was not offered or did not take; inside, they wait."""
+    left: list[list[Event]] = [[] for _ in pushes]
+
+    async def follow(push: Push, events: list[Event]) -> None:
+        async for page in feed.pages("j1", 0, push):
+            events += page
+
+    tasks = [asyncio.create_task(follow(*each)) for each in zip(pushes, left, strict=True)]
+    try:
+        hub = await _hub(feed, "j1")
+        await until(lambda: len(hub.audience._waiting) == len(pushes))
+        yield left
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def test_who_takes_what_is_new_is_not_woken_and_nobody_gets_it_twice(store: Store) -> None:
+    bus = MemoryBus()
+    feed = Feed(store, bus, SystemClock())
+    await add_job(store)
+    taken: list[Sequence[Event]] = []
+
+    def take_it(page: Sequence[Event]) -> bool:
+        taken.append(page)
+        return True
+
+    def break_down(page: Sequence[Event]) -> bool:
+        raise RuntimeError
+
+    async with offered(feed, take_it, break_down, lambda _: False, take_it) as left:
+        for event in await append(store, "j1", ("job.warning", {}), ("job.warning", {})):
+            await bus.publish("events.j1", event)
+        await bus.publish("events.j1", partial("s", 0, after_seq=3))
+        await until(lambda: [len(events) for events in left] == [1, 4, 4, 1])
+        assert ids(left[1]) == ids(left[2]) == [1, 2, 3]
+        assert [[event.seq for event in page] for page in taken] == [[2, 3, None]] * 2
+        assert taken[0] is taken[1], "put together once"
+        (end,) = await append(store, "j1", ("job.failed", {}), status=Status.FAILED)
+        await bus.publish("events.j1", end)
+        await until(lambda: [events[-1].seq for events in left] == [4, 4, 4, 4] and not feed._hubs)
+
+
+async def test_a_burst_to_many_who_take_it_lets_others_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audience, "SLICE_SECONDS", 0)  # a slice is over after the first
+    bus = MemoryBus()
+    feed = Feed(store, bus, SystemClock())
+    await add_job(store)
+    turn, told = 0, []
+
+    def take_it(_page: Sequence[Event]) -> bool:
+        told.append(turn)
+        return True
+
+    async with offered(feed, *[take_it] * 100):
+        (event,) = await append(store, "j1", ("job.warning", {}))
+        await bus.publish("events.j1", event)
+        while len(told) < 100:
+            await asyncio.sleep(0)
+            turn += 1
+    assert len(set(told)) == 100
 
 
 async def test_leaving_is_instant_and_takes_the_hub_along(store: Store) -> None:
