@@ -444,6 +444,21 @@ async def test_a_slow_follower_reads_the_log_and_gets_partials_merged(store: Sto
     assert ids(quick) == list(range(1, TAIL + 52))
 
 
+async def test_what_all_have_seen_is_kept_no_longer(store: Store) -> None:
+    bus = MemoryBus()
+    feed = Feed(store, bus, FAST)
+    await add_job(store)
+    async with following(feed, "j1") as one, following(feed, "j1") as other:
+        hub = await _hub(feed, "j1")
+        for event in await append(store, "j1", *[("job.warning", {})] * 20):
+            await until(lambda: hub.audience.has_all(2))
+            await bus.publish("events.j1", event)
+            await until(lambda seq=event.seq: hub.last == seq)
+            assert len(hub._tail) == 1
+        await until(lambda: hub.audience.has_all(2))
+    assert ids(one) == ids(other) == list(range(1, 22))
+
+
 async def test_a_deleted_job_ends_its_streams(store: Store) -> None:
     bus = MemoryBus()
     await add_job(store)

@@ -2,10 +2,10 @@
 
 One hub per job and process listens: subscribe first, then read how far the log is, then live. The bus may drop,
 double and reorder; the hub puts durable events in order (a gap is filled from the store, a silence is checked against
-it) and keeps a short tail of them, the current partial of each session, and the progress. A follower is only a cursor
-into that: it has no queue of its own, so a slow one costs nothing, gets partials merged to the newest, and reads the
-log when it is behind the tail. One that waits is handed what is new without a task being woken for it, if it takes it
-at once. While the database is away followers wait. No connection to it is held while idle.
+it) and keeps a short tail of them while somebody lags, the current partial of each session, and the progress. A
+follower is only a cursor into that: it has no queue of its own, so a slow one costs nothing, gets partials merged to
+the newest, and reads the log when it is behind the tail. One that waits is handed what is new without a task being
+woken for it, if it takes it at once. While the database is away followers wait. No connection to it is held while idle.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -71,6 +71,7 @@ class Feed:
                         return  # deleted meanwhile
                     yield page
                     follower.at = Position(page[-1].seq or 0, follower.at.seen)
+                    del page  # the next may be long in coming
                 hub.check()
                 if hub.done:
                     return

@@ -91,6 +91,10 @@ class Audience:
         finally:
             self._waiting.pop(follower, None)
 
+    def has_all(self, followers: int) -> bool:
+        """Whether that many wait, each with everything that there is."""
+        return len(self._waiting) == followers and not self._telling
+
     def wake(self) -> None:
         """Tell everybody that there may be something new."""
         self.version += 1

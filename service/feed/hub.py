@@ -226,6 +226,8 @@ class Hub:
 
     def _durable(self, event: Event) -> None:
         self.last = event.seq or self.last
+        if self.audience.has_all(self.followers):
+            self._tail.clear()  # or each job would keep minutes of what nobody needs
         self._tail.append(event)
         self._ended = event.terminal
         if event.type == "turn.final":

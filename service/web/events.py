@@ -121,6 +121,7 @@ async def _encoded(
                         held, size = [], 0
                 if held:
                     yield b"".join(held)
+                del page, held  # most of what follows is pushed, and these would stay
     except TurnwireError as exc:
         log.warning("event stream ended early", job_id=job_id, reason=exc)
     if runtime.draining.is_set():
