@@ -71,6 +71,10 @@ def _waits(hub: Any) -> bool:
     return bool(hub.audience._waiting)
 
 
+def _at(hub: Any, event: Event) -> bool:
+    return bool(hub.last == event.seq)
+
+
 async def _hub(feed: Feed, job_id: str) -> Any:
     await until(lambda: job_id in feed._hubs)
     return feed._hubs[job_id]
@@ -453,7 +457,7 @@ async def test_what_all_have_seen_is_kept_no_longer(store: Store) -> None:
         for event in await append(store, "j1", *[("job.warning", {})] * 20):
             await until(lambda: hub.audience.has_all(2))
             await bus.publish("events.j1", event)
-            await until(lambda seq=event.seq: hub.last == seq)
+            await until(functools.partial(_at, hub, event))
             assert len(hub._tail) == 1
         await until(lambda: hub.audience.has_all(2))
     assert ids(one) == ids(other) == list(range(1, 22))
