@@ -147,6 +147,7 @@ class Cluster:
     nodes: list[Node] = field(default_factory=list)
     restarts: dict[str, int] = field(default_factory=dict)
     up: asyncio.Event = field(default_factory=asyncio.Event)
+    followers: "list[Wanderer]" = field(default_factory=list)
 
     def node(self, name: str, command: str, *, code: Path = ROOT, environment: Mapping[str, str] | None = None) -> Node:
         """Start one more; `environment` is laid over that of all."""
@@ -205,7 +206,8 @@ class Cluster:
 
     def follow(self, job_id: str) -> "Wanderer":
         """A client that follows a job from node to node."""
-        return Wanderer(self, job_id, dice=random.Random(self.dice.random())).begin()
+        self.followers.append(Wanderer(self, job_id, dice=random.Random(self.dice.random())).begin())
+        return self.followers[-1]
 
     async def kept(self, job_ids: Sequence[str]) -> "dict[str, tuple[Job, Sequence[Event]]]":
         """The jobs and their logs as the database has them."""
@@ -278,6 +280,9 @@ async def cluster(here: Path, engines: Engines, *, serve: int, worker: int, seed
 
 
 async def _end(made: Cluster) -> None:
+    for follower in made.followers:
+        assert follower.task is not None
+        follower.task.cancel()  # of a test that failed
     for node in made.nodes:
         node.wanted = False
         node.signal(signal.SIGKILL)

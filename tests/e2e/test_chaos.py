@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from service.core.job import Event, Job
-from tests.e2e.cluster import Cluster, Engines, Node, Wanderer, check, cluster
+from tests.e2e.cluster import Cluster, Engines, Node, check, cluster
 from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
 from tests.engines.s3 import S3
@@ -57,7 +57,6 @@ class Chaos:
     dice: random.Random
     acts: list[tuple[float, str]] = field(default_factory=list)  # seconds since the beginning
     blows: list[Blow] = field(default_factory=list)
-    followers: list[Wanderer] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)
     thaws: "set[asyncio.Task[None]]" = field(default_factory=set)
     began: float = field(default_factory=time.time)
@@ -67,7 +66,7 @@ class Chaos:
         """Jobs, one after the other, each followed by one client, until it is over."""
         while not self.over:
             job = await self.cluster.upload(marked_wav(self.dice.randrange(shortest_ms, longest_ms, 200)))
-            self.followers.append(self.cluster.follow(job["id"]))
+            self.cluster.follow(job["id"])
             await asyncio.sleep(pause * self.dice.uniform(0.5, 1.5))
 
     async def act(self, name: str) -> None:
@@ -143,16 +142,16 @@ class Chaos:
         await asyncio.gather(*uploads, *self.thaws)
         try:
             async with asyncio.timeout(within):
-                await asyncio.gather(*(follower.task for follower in self.followers if follower.task))
+                await asyncio.gather(*(follower.task for follower in self.cluster.followers if follower.task))
         except TimeoutError:
-            left = {follower.job_id: follower.events[-3:] for follower in self.followers if not follower.over}
+            left = {follower.job_id: follower.events[-3:] for follower in self.cluster.followers if not follower.over}
             pytest.fail(f"{len(left)} jobs do not end: {left}")
 
     async def check(self) -> None:
         """Everything, and the figures."""
-        kept = await self.cluster.kept([follower.job_id for follower in self.followers])
+        kept = await self.cluster.kept([follower.job_id for follower in self.cluster.followers])
         self.tell(kept)
-        check(kept, self.followers)
+        check(kept, self.cluster.followers)
         async with self.cluster.client() as client:
             await _check_listed(client, kept.keys())
         self.cluster.check_silence()
@@ -160,7 +159,7 @@ class Chaos:
     def tell(self, kept: Mapping[str, tuple[Job, Sequence[Event]]]) -> None:
         """The figures: among them from each blow to the next session of the jobs that the worker had."""
         attempts = Counter(job.attempt for job, _ in kept.values())
-        moves = sum(follower.moves for follower in self.followers)
+        moves = sum(follower.moves for follower in self.cluster.followers)
         print(f"\n{len(kept)} jobs, attempts {sorted(attempts.items())}, {moves} moves of followers")
         print(f"{len(self.acts)} acts {Counter(name for _, name in self.acts)}; started again {self.cluster.restarts}")
         print("; ".join(f"{at:.0f} s {name}" for at, name in self.acts))

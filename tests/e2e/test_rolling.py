@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from service.store import schema_of
-from tests.e2e.cluster import ROOT, Cluster, Engines, Wanderer, check, cluster
+from tests.e2e.cluster import ROOT, Cluster, Engines, check, cluster
 from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
 from tests.engines.s3 import S3
@@ -55,14 +55,14 @@ async def replace(made: Cluster, command: str, code: Path) -> None:
 
 @pytest.mark.timeout(300)
 async def test_a_release_after_the_other(tmp_path: Path, postgres: Postgres, nats_server: Nats, s3_server: S3) -> None:
-    dice, followers = random.Random(1), list[Wanderer]()
+    dice = random.Random(1)
     async with cluster(tmp_path, Engines(postgres, nats_server, s3_server), serve=2, worker=2) as made:
         over = asyncio.Event()
 
         async def upload() -> None:
             while not over.is_set():
                 job = await made.upload(marked_wav(dice.randrange(4000, 12_000, 200)))
-                followers.append(made.follow(job["id"]))
+                made.follow(job["id"])
                 await asyncio.sleep(1)
 
         uploading = asyncio.create_task(upload())
@@ -75,10 +75,10 @@ async def test_a_release_after_the_other(tmp_path: Path, postgres: Postgres, nat
         await asyncio.sleep(1)
         over.set()
         await uploading
-        for follower in followers:
+        for follower in made.followers:
             await follower.done(within=120)
-        kept = await made.kept([follower.job_id for follower in followers])
-        check(kept, followers)
+        kept = await made.kept([follower.job_id for follower in made.followers])
+        check(kept, made.followers)
         told = {msgspec.json.decode(event.json)["type"] for _, log in kept.values() for event in log}
         assert not told & DISTURBING
         assert max(job.attempt for job, _ in kept.values()) > 1, "none was handed from one release to the other"
