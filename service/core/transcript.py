@@ -4,7 +4,7 @@ Upstream counts time and turns from zero in every session; here they become posi
 index. Invariants, whatever order upstream sends in: a turn is final once per (session, turn_order); what changes it
 later is a revision with the same index; a partial never follows the final of its turn nor precedes an earlier turn's
 final (a turn that upstream has passed over, because a later one has ended, is waited for no longer); finals without
-text are dropped. Source: https://www.assemblyai.com/docs/streaming/universal-streaming/message-sequence
+text are dropped. What a session takes does not grow with its length, unless its speakers are labelled. Source: https://www.assemblyai.com/docs/streaming/universal-streaming/message-sequence
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,9 @@ from typing import Literal, NamedTuple
 from msgspec.structs import replace
 
 from service.core import protocol
-from service.core.job import Partial, Turn, TurnWord
+from service.core.job import Partial, Turn, TurnWord, to_json, turn_from_json
+
+RECENT = 8  # finals that may still change where no speakers are labelled; a twin comes before the next turn's final
 
 
 class Folded(NamedTuple):
@@ -27,13 +29,19 @@ class Folded(NamedTuple):
 class Folder:
     """Folds the messages of one session."""
 
-    def __init__(self, *, session_id: str, channel: int | None, offset_ms: int, chunk_ms: float) -> None:
-        """`offset_ms`: where in the file the session's audio began; `chunk_ms`: the audio one message carries."""
+    def __init__(
+        self, *, session_id: str, channel: int | None, offset_ms: int, chunk_ms: float, labelled: bool = False
+    ) -> None:
+        """`offset_ms`: where in the file the session's audio began; `chunk_ms`: the audio one message carries;
+        `labelled`: speakers are, and until the end any turn's may be revised.
+        """
         self._session_id = session_id
         self._channel = channel
         self._offset_ms = offset_ms
         self._chunk_ms = chunk_ms
-        self._finals: dict[int, Turn] = {}
+        self._labelled = labelled
+        self._finals: dict[int, bytes] = {}  # order → the turn, in JSON: a third of the memory
+        self._forgotten = -1  # the highest order that is not among them any more
         self._ended = -1  # the highest order that has ended, with or without text; each turn has the next one
         self._open: dict[int, list[str]] = {}  # orders after that → words of the latest partial
 
@@ -57,27 +65,30 @@ class Folder:
         if order in self._finals:
             if not text:
                 return None
-            before = self._finals[order]
-            return self._revise(self._build(message, text, before.index, before.latency_ms, before.end_ms))
-        if not text:
+            before = turn_from_json(self._finals[order])
+            return self._revise(before, self._build(message, text, before.index, before.latency_ms, before.end_ms))
+        if not text or order <= self._forgotten:
             return None
         turn = self._build(message, text, next_index, 0, position_ms)
         if message.words:
             # A chunk is on the wire from the moment its first sample was due.
             on_wire = max(0, ceil(message.words[-1].end / self._chunk_ms) - 1) * self._chunk_ms
             turn.latency_ms = max(0, round(elapsed_ms - on_wire))
-        self._finals[order] = turn
+        self._finals[order] = to_json(turn)
+        if len(self._finals) > RECENT and not self._labelled:
+            self._forgotten = min(self._finals)
+            del self._finals[self._forgotten]
         return Folded("turn.final", turn)
 
     def revision(self, message: protocol.SpeakerRevision) -> Iterator[Folded]:
         """Fold new speaker labels; turns that are not final here are ignored."""
         for revision in message.revisions:
-            before = self._finals.get(revision.turn_order)
-            if before is None:
+            if revision.turn_order not in self._finals:
                 continue
+            before = turn_from_json(self._finals[revision.turn_order])
             words = self._relabelled(before.words, revision.words)
             turn = replace(before, words=words, speaker=revision.speaker_label or before.speaker)
-            if folded := self._revise(turn):
+            if folded := self._revise(before, turn):
                 yield folded
 
     def _relabelled(self, before: list[TurnWord], words: list[protocol.Word]) -> list[TurnWord]:
@@ -86,10 +97,10 @@ class Folder:
             return [self._word(word) for word in words] or before
         return [replace(old, speaker=new.speaker or old.speaker) for old, new in zip(before, words, strict=True)]
 
-    def _revise(self, turn: Turn) -> Folded | None:
-        if turn == self._finals[turn.turn_order]:
+    def _revise(self, before: Turn, turn: Turn) -> Folded | None:
+        if turn == before:
             return None
-        self._finals[turn.turn_order] = turn
+        self._finals[turn.turn_order] = to_json(turn)
         return Folded("turn.revised", turn)
 
     def _partial(self, message: protocol.Turn, next_index: int, position_ms: int) -> Folded | None:

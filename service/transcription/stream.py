@@ -212,6 +212,7 @@ class ChannelStream:
                     channel=self._channel,
                     offset_ms=position_ms,
                     chunk_ms=schedule.chunk_seconds * 1000,
+                    labelled=bool(work.recorder.job.options.get("speaker_labels")),
                 )
                 self._start_sender(ws, source, schedule, session, folder)
             elif folder is None or self._sender is None:

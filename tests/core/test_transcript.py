@@ -1,6 +1,7 @@
 """Folding turns: finals once, revisions with their index, partials where they may be, whatever order messages come in."""
 
 import random
+import tracemalloc
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.core import protocol
 from service.core.job import Partial, Turn
-from service.core.transcript import Folded, Folder
+from service.core.transcript import RECENT, Folded, Folder
 
 Wire = protocol.Turn | protocol.SpeakerRevision
 
@@ -34,10 +35,8 @@ def turn(
 class Fold:
     """A folder with a job round it: counts its turns as the recorder does."""
 
-    def __init__(
-        self, *, offset_ms: int = 0, channel: int | None = None, chunk_ms: float = 100, turn_count: int = 0
-    ) -> None:
-        self.folder = Folder(session_id="s", channel=channel, offset_ms=offset_ms, chunk_ms=chunk_ms)
+    def __init__(self, *, offset_ms: int = 0, channel: int | None = None, turn_count: int = 0, **more: Any) -> None:
+        self.folder = Folder(session_id="s", channel=channel, offset_ms=offset_ms, chunk_ms=100, **more)
         self.turn_count = turn_count
         self.out: list[Folded] = []
 
@@ -299,6 +298,43 @@ def test_a_revision_with_other_words_takes_them() -> None:
     fold(turn(0, "a b", end=True))
     changed = only(fold(revision((0, "B", [word("a b", 0, 600, speaker="B")]))))
     assert [w.text for w in changed.words] == ["a b"]
+
+
+def test_any_turn_of_a_labelled_session_may_be_revised_at_its_end() -> None:
+    fold = Fold(labelled=True)
+    finals = fold(*(turn(order, f"w{order}", end=True, speaker_label="A") for order in range(100)))
+    folded = fold(revision(*((order, "B", []) for order in range(100))))
+    assert [one.turn.index for one in folded] == [one.turn.index for one in finals] == list(range(100))
+    assert {one.turn.speaker for one in folded if isinstance(one.turn, Turn)} == {"B"}
+
+
+# --- long sessions ---------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_finals_are_kept_and_none_is_told_twice() -> None:
+    fold = Fold()
+    said = [turn(order, f"w{order} and so on", end=True) for order in range(200)]
+    fold(*said[:100])
+    tracemalloc.start()
+    try:
+        fold(*said[100:150])
+        fold.out.clear()
+        before = tracemalloc.get_traced_memory()[0]
+        fold(*said[150:])
+        fold.out.clear()
+        assert tracemalloc.get_traced_memory()[0] - before < 2000
+    finally:
+        tracemalloc.stop()
+    assert told(fold(turn(192, "W192.", end=True), *said[:190])) == [("revised", 192, "W192.")]
+    assert fold.turn_count == 200
+
+
+def test_finals_may_come_late_and_in_any_order_within_the_newest() -> None:
+    dice = random.Random(7)
+    late = sorted(range(200), key=lambda order: order + dice.uniform(0, RECENT - 1))
+    fold = Fold()
+    fold(*(turn(order, f"w{order}", end=True) for order in late))
+    assert sorted(one.turn.turn_order for one in fold.out) == list(range(200))
 
 
 # --- any order -------------------------------------------------------------------------------------------------------
