@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.bench.harness import Cell, Report, arguments, python
 
-PARTS = ("streams", "delivery", "upload", "growth", "costs", "cluster_bus", "edge")
+PARTS = ("streams", "delivery", "upload", "growth", "costs", "cluster_bus", "cluster", "edge")
 QUICK = ("streams", "delivery", "upload", "growth", "costs")
 
 

@@ -23,7 +23,9 @@
 
 #define MOST 8192
 #define INBOX 65536
+#ifndef PER_SECOND
 #define PER_SECOND 5
+#endif
 #define PARTIALS 16  // and then the final
 #define BINS 200000  // of 0.1 ms
 

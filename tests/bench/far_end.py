@@ -20,12 +20,12 @@ LIMITS_MS = (20, 50)
 class FarEnd:
     """The far end, and its histogram."""
 
-    def __init__(self, directory: Path, *, tls: bool) -> None:
-        """Build it, and start it on the first core."""
-        program = directory / "far_end"
+    def __init__(self, directory: Path, *, tls: bool, per_second: int = 5) -> None:
+        """Build it, and start it on the first core; `per_second` are the turns of each session."""
+        program = directory / f"far_end_{per_second}"
         if not program.exists():
-            source = Path(__file__).with_name("far_end.c")
-            subprocess.run(["cc", "-O2", "-o", program, source, "-lssl", "-lcrypto"], check=True)
+            source, define = Path(__file__).with_name("far_end.c"), f"-DPER_SECOND={per_second}"
+            subprocess.run(["cc", "-O2", define, "-o", program, source, "-lssl", "-lcrypto"], check=True)
         self.process = start([str(program), *([str(CERTIFICATE)] if tls else [])], cores()[0])
         assert self.process.stdout is not None
         self.url = f"{'wss' if tls else 'ws'}://127.0.0.1:{int(self.process.stdout.readline())}/"
