@@ -57,8 +57,11 @@ class Worker:
     async def drain(self) -> None:
         """Take nothing more, let every session end its turn, and hand the jobs back.
 
-        What does not end in time, a database that is away above all, is left: it goes on at the next start.
+        What does not end in time, a database that is away above all, is left: it goes on at the next start. Asked once
+        more, as at the end of a process that had a signal, it takes no further time.
         """
+        if self._draining:
+            return
         self._draining = True
         for control in self._running.values():
             control.ask("drain")

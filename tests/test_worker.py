@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.backends.memory import MemoryQueue
 from service.core.errors import Unavailable
@@ -126,6 +127,22 @@ async def test_a_drain_gives_back_what_runs_and_what_comes(tmp_path: Path) -> No
         assert worker.queue.deliveries[0].answers == ["at once"]
         await eventually(lambda: len(worker.queue.deliveries) == 2)
         await eventually(lambda: worker.queue.deliveries[1].answers == ["at once"])
+
+
+async def test_a_drain_that_ran_out_of_time_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with the signal and again when the process closes; a claim may wait for its database all the time."""
+
+    async def claim(*_: Any, **__: Any) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async with idle(tmp_path) as kit, node(kit) as worker:
+        monkeypatch.setattr(Store, "claim", claim)
+        await kit.submit(marked_wav(400))
+        await eventually(lambda: worker.queue.deliveries)
+        with capture_logs() as said:
+            await worker.worker.drain()
+            await worker.worker.drain()
+        assert [entry["event"] for entry in said].count("jobs left behind") == 1
 
 
 async def test_a_worker_that_lost_its_job_answers_nothing(tmp_path: Path) -> None:
