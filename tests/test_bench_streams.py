@@ -8,7 +8,7 @@ import pytest
 
 from tests.bench.far_end import FarEnd, holds
 from tests.bench.harness import Report, stop
-from tests.bench.streams import QUICK, climb, compare, costs, measure, most
+from tests.bench.streams import climb, comparable, compare, costs, ladder_of, measure, most
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,17 @@ def test_every_contender_that_needs_nothing_new_streams(name: str, far: FarEnd) 
 def test_the_whole_service_climbs(far: FarEnd, tmp_path: Path) -> None:
     """Table, plots, and the goals that need no other contender."""
     report = Report("streams")
-    compare(report, far, ["whole"], "tls-50", {"whole": (1,)}, 0.3)
-    costs(report, far, ["edge"], "tls-50", (2,), rounds=1, seconds=0.3)
+    steps = compare(report, far, "tls-50", {"whole": ([1], 1)}, 0.3)
+    assert list(steps["whole"]) == [1]
+    costs(report, far, "tls-50", {2: ["edge"]}, rounds=1, seconds=0.3)
     report.write(tmp_path)
     written = json.loads((tmp_path / "streams.json").read_text())
-    steps, held, cpu = written["tables"]
-    assert [row[:2] for row in steps["rows"]] == [["whole", 1]]
+    every, held, cpu = written["tables"]
+    assert [row[:2] for row in every["rows"]] == [["whole", 1]]
     assert [row[0] for row in held["rows"]] == ["whole"]
     assert cpu["rows"][0][:2] == [2, "edge"]
     assert {goal["wanted"] for goal in written["goals"]} == {"at least 700", "at most 180"}
     assert (tmp_path / "streams-lateness-tls-50.svg").exists()
-    assert {"whole", "edge", "stock", "guide"} == set(QUICK)
 
 
 def figures(p99: float) -> dict[str, float]:
@@ -73,6 +73,14 @@ def test_a_ladder_goes_down_where_it_began_too_high() -> None:
     assert asked == [4, 4, 3, 3, 2]
     assert list(steps) == [2, 3, 4]
     assert most(steps, 20) == 2
+
+
+def test_ladders_and_comparable_numbers() -> None:
+    assert ladder_of("edge", 50, fine=False) == ((500, 1000, 1500, 2000, 2500), 1000)
+    assert ladder_of("sdk", 100, fine=True)[0][:3] == [38, 75, 112]
+    every = {"whole": {100: figures(3.0)}, "edge": {1000: figures(3.0), 1500: figures(90.0)}}
+    assert comparable(every, full=False) == {100: ["edge"]}
+    assert comparable(every, full=True) == {100: ["whole", "edge"], 500: ["edge"], 1000: ["edge"]}
 
 
 def test_a_report_is_written(tmp_path: Path) -> None:

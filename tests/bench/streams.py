@@ -10,13 +10,15 @@ machine drifts. A window begins when what connecting left behind is sent. What m
 interleaved rounds. `whole` is `turnwire serve` with a stored job and one subscriber per stream (`tests.bench.whole`); all others keep
 and relay nothing.
 
-Quick: this, stock, the guide's way, over TLS with 50 ms chunks. Full: all contenders, plain too, 100 ms too (`--kinds`).
+Quick: this, stock, the guide's way, over TLS with 50 ms chunks, in five minutes. Full: all contenders, plain too, 100 ms too, in most
+of an hour; `--kinds` and `--only` choose.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.bench.far_end import LIMITS_MS, RATE, FarEnd, Figures, holds, window
@@ -26,26 +28,21 @@ from tests.raw_upstream import CERTIFICATE
 
 __all__ = ["FarEnd", "climb", "measure", "most"]
 
-SECONDS, ROUND_SECONDS, ROUNDS = 5.0, 3.0, 3
+SECONDS, ROUND_SECONDS, ROUNDS = 4.0, 3.0, 3
 WHOLE = "whole"
-# The steps of each contender at 50 ms chunks, and the one it starts at.
+# The steps of each contender at 50 ms chunks, and the one it starts at. A coarse ladder has every second one.
 LADDERS: dict[str, tuple[tuple[int, ...], int]] = {
-    "edge": ((500, 750, 1000, 1250, 1500, 1750, 2000, 2500), 1000),
+    WHOLE: ((100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1200), 100),
+    "edge": ((500, 750, 1000, 1250, 1500, 1750, 2000, 2250, 2500), 1000),
     "stock": ((50, 75, 100, 125, 150, 200, 250, 300, 400), 100),
     "guide": ((50, 75, 100, 125, 150, 175, 200, 250, 300), 100),
     "sdk": ((25, 50, 75, 100, 125, 150, 200, 250), 75),
     "sdk async": ((50, 75, 100, 150, 200, 250, 300, 400), 150),
     "websockets": ((100, 200, 300, 400, 500, 600, 700, 850, 1000), 300),
-    "picows": ((750, 1000, 1250, 1500, 1750, 2000, 2500), 1250),
+    "picows": ((750, 1000, 1250, 1500, 1750, 2000, 2250, 2500), 1250),
     "raw": ((1000, 1500, 2000, 2500, 3000, 3500), 1500),
-    WHOLE: ((100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1200), 100),
 }
 QUICK, FULL = (WHOLE, "edge", "stock", "guide"), tuple(LADDERS)
-COARSE = {
-    "edge": (500, 1000, 1500, 2000),
-    "stock": (50, 75, 100, 150, 200, 300),
-    WHOLE: (100, 300, 500, 600, 700, 800, 1000),
-}
 COMMON = (100, 500, 1000)  # streams at which costs are compared
 KINDS = {f"{name}-{ms}": (name == "tls", ms) for ms in (50, 100) for name in ("tls", "plain")}
 Steps = dict[int, Figures]
@@ -123,12 +120,25 @@ def most(steps: Steps, limit_ms: float) -> int:
     return max((streams for streams, figures in steps.items() if holds(figures, limit_ms)), default=0)
 
 
+def ladder_of(name: str, chunk_ms: int, *, fine: bool) -> tuple[Sequence[int], int]:
+    """The steps of a contender, and the one it starts at. With chunks of 100 ms each holds more."""
+    steps, first = LADDERS[name]
+    if not fine:
+        steps = steps[steps.index(first) % 2 :: 2]
+    return (steps, first) if chunk_ms == 50 else ([round(1.5 * step) for step in steps], round(1.5 * first))
+
+
 def compare(
-    report: Report, far: FarEnd, names: Sequence[str], kind: str, ladders: Mapping[str, Sequence[int]], seconds: float
-) -> None:
-    """Table, plots and goals of how many streams each contender holds; `ladders` are other steps than the usual."""
+    report: Report, far: FarEnd, kind: str, ladders: Mapping[str, tuple[Sequence[int], int]], seconds: float
+) -> dict[str, Steps]:
+    """Table, plots and goals of how many streams each contender holds: its steps."""
     chunk_ms, label = KINDS[kind][1], _label(kind)
-    every = {name: _climbed(name, far, chunk_ms, ladders.get(name), seconds) for name in names}
+    every: dict[str, Steps] = {}
+    for name, (ladder, first) in ladders.items():
+        if name == WHOLE:
+            every[name] = climb_whole(far, ladder, chunk_ms, seconds)
+        else:
+            every[name] = climb(ladder, first, partial(_measured, name, far, chunk_ms, seconds))
     columns = ["contender", "streams", "p50 ms", "p99 ms", "max ms", "rate", "CPU ms/stream-s", "core", "others", "far end", "driver"]  # fmt: skip
     figures = ("p50", "p99", "max", "rate", "cpu", "busy", "others", "far", "driver")
     rows: list[list[Cell]] = [
@@ -146,16 +156,7 @@ def compare(
     lateness = {name: [(n, f["p99"]) for n, f in steps.items()] for name, steps in every.items()}
     report.lines(f"lateness-{kind}", f"p99 lateness, {label}", "streams on one core", "ms", lateness, 20)
     report.bars(f"held-{kind}", f"Streams with p99 under 20 ms, {label}", "", {k: float(v) for k, v in held.items()})
-
-
-def _climbed(name: str, far: FarEnd, chunk_ms: int, given: Sequence[int] | None, seconds: float) -> Steps:
-    usual, first = LADDERS[name]
-    ladder = given or usual
-    if chunk_ms == 100 and not given:  # there each holds more
-        ladder, first = [round(1.5 * step) for step in usual], round(1.5 * first)
-    if name == WHOLE:
-        return climb_whole(far, ladder, chunk_ms, seconds)
-    return climb(ladder, min(first, ladder[-1]), lambda n: _told(name, n, measure(name, far, n, chunk_ms, seconds)))
+    return every
 
 
 def _goals(report: Report, held: dict[str, int], every: dict[str, Steps], chunk_ms: int, label: str) -> None:
@@ -175,16 +176,23 @@ def _slope(steps: Steps) -> float | None:
     return (steps[high]["rss"] - steps[low]["rss"]) / (high - low) if high > low else None
 
 
+def comparable(every: Mapping[str, Steps], *, full: bool) -> dict[int, list[str]]:
+    """Numbers of streams at which to compare costs, and who is there."""
+    few, *more = COMMON
+    if not full:  # the whole service connects its streams slowly, and its ladder tells its costs
+        return {few: [name for name in every if name != WHOLE]}
+    return {few: [*every], **{n: [name for name, steps in every.items() if most(steps, 50) >= n] for n in more}}
+
+
 def costs(
-    report: Report, far: FarEnd, names: Sequence[str], kind: str, counts: Sequence[int], rounds: int, seconds: float
+    report: Report, far: FarEnd, kind: str, able: Mapping[int, Sequence[str]], rounds: int, seconds: float
 ) -> None:
     """What a stream-second costs at the same numbers of streams: medians of interleaved rounds."""
     chunk_ms, label = KINDS[kind][1], _label(kind)
     rows: list[list[Cell]] = []
-    series: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for streams in counts:
-        able = [name for name in names if LADDERS[name][0][-1] >= streams]
-        found = interleaved(able, rounds, lambda name, n=streams: measure(name, far, n, chunk_ms, seconds))  # type: ignore[misc]
+    series: dict[str, list[tuple[float, float]]] = {name: [] for names in able.values() for name in names}
+    for streams, names in able.items():
+        found = interleaved(names, rounds, partial(_again, far, streams, chunk_ms, seconds))
         kept = {name: f for name, f in found.items() if f["rate"] > RATE}
         for name, f in found.items():
             ratios = [f["cpu"] / kept[other]["cpu"] if other in kept else None for other in ("guide", "stock", "raw")]
@@ -209,6 +217,14 @@ def _label(kind: str) -> str:
     return f"{'TLS' if tls else 'plain'}, {chunk_ms} ms"
 
 
+def _measured(name: str, far: FarEnd, chunk_ms: int, seconds: float, streams: int) -> Figures:
+    return _told(name, streams, measure(name, far, streams, chunk_ms, seconds))
+
+
+def _again(far: FarEnd, streams: int, chunk_ms: int, seconds: float, name: str) -> Figures:
+    return _measured(name, far, chunk_ms, seconds, streams)
+
+
 def _told(name: str, streams: int, found: Figures) -> Figures:
     print(name, streams, {key: round(value, 2) for key, value in found.items()}, file=sys.stderr, flush=True)
     return found
@@ -223,25 +239,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="in which costs are compared; 0: not at all")
     given = parser.parse_args()
     names: Sequence[str] = given.only or (FULL if given.full else QUICK)
-    kinds = given.kinds or (KINDS if given.full else ["tls-50"])
-    ladders = dict.fromkeys(names, given.streams) if given.streams else {} if given.full else COARSE
     report = Report("streams", ("httpx-ws", "uvloop", "websockets", "picows", "websocket-client", "assemblyai"))
     with tempfile.TemporaryDirectory() as directory:
-        for kind in kinds:
-            far = FarEnd(Path(directory), tls=KINDS[kind][0])
+        for kind in given.kinds or (KINDS if given.full else ["tls-50"]):
+            tls, chunk_ms = KINDS[kind]
+            ladders = {name: ladder_of(name, chunk_ms, fine=given.full and kind == "tls-50") for name in names}
+            if given.streams:
+                ladders = dict.fromkeys(names, (sorted(given.streams), min(given.streams)))
+            far = FarEnd(Path(directory), tls=tls)
             try:
-                compare(report, far, names, kind, ladders, SECONDS)
-                if given.rounds and (kind.endswith("-50") or given.kinds):
-                    counts = COMMON if given.full else COMMON[:1]
-                    costs(
-                        report,
-                        far,
-                        [name for name in names if given.full or name != WHOLE],
-                        kind,
-                        counts,
-                        given.rounds,
-                        ROUND_SECONDS,
-                    )
+                every = compare(report, far, kind, ladders, SECONDS)
+                if given.rounds and chunk_ms == 50:
+                    costs(report, far, kind, comparable(every, full=given.full), given.rounds, ROUND_SECONDS)
             finally:
                 stop(far.process)
     report.write(given.out)
