@@ -19,7 +19,7 @@ from service.core.job import DELETED, LISTENING, Closed, Event, Stage, Status, h
 from service.core.transcript import Folder
 from service.feed import Feed, audience
 from service.feed.audience import Push
-from service.feed.hub import PAGE, TAIL
+from service.feed.hub import PAGE, TAIL, WARY
 from service.ports import Bus
 from service.runtime import SystemClock
 from service.store import Store
@@ -609,6 +609,67 @@ async def test_followers_outlive_a_database_that_is_away(store: Store, monkeypat
         await append(store, "j1", ("job.completed", {}), status=Status.COMPLETED)
         await until(lambda: len(seen) == 2)
     assert ids(seen) == [1, 2]
+
+
+@pytest.mark.parametrize("reading", ["newest_seq", "events_after"])
+async def test_who_comes_while_the_database_is_away_waits_for_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, reading: str
+) -> None:
+    """Whether the hub does not know how far the log is, or the follower reads what was before it came."""
+    await add_job(store)
+    await append(store, "j1", *[("job.warning", {})] * 2 * PAGE)
+    feed = Feed(store, MemoryBus(), FAST)
+    read = getattr(store, reading)
+    asked = 0
+
+    async def away(job_id: str, *more: int) -> Any:
+        nonlocal asked
+        asked += 1
+        raise Unavailable
+
+    monkeypatch.setattr(store, reading, away)
+    followers = [asyncio.create_task(take(feed, "j1", after)) for after in (0, 150)]
+    await until(lambda: asked >= 4)
+    monkeypatch.setattr(store, reading, read)
+    await append(store, "j1", ("job.completed", {}), status=Status.COMPLETED)
+    assert [ids(await follower) for follower in followers] == [[*range(1, 203)], [*range(151, 203)]]
+
+
+@pytest.mark.parametrize("reading", ["newest_seq", "events_after"])
+async def test_who_waits_for_a_database_that_is_away_goes_with_the_process(
+    store: Store, monkeypatch: pytest.MonkeyPatch, reading: str
+) -> None:
+    feed = Feed(store, MemoryBus(), SystemClock())
+    await add_job(store)
+    asked = 0
+
+    async def away(*_: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        raise Unavailable
+
+    monkeypatch.setattr(store, reading, away)
+    follower = asyncio.create_task(take(feed, "j1"))
+    await until(lambda: asked > 0)
+    feed.end()
+    assert await follower == []
+
+
+async def test_a_bus_that_lost_something_is_not_trusted_for_a_while(store: Store) -> None:
+    """With the bus gone for good a turn is told a second after it was kept, not after a silence."""
+    clock = SystemClock(10)
+    feed = Feed(store, DeafBus(), clock)
+    await add_job(store)
+    async with following(feed, "j1") as seen:
+        hub = await _hub(feed, "j1")
+        assert hub.wary == 0
+        for _ in range(2):
+            before = len(seen)
+            await append(store, "j1", ("job.warning", {}))
+            await until(lambda: len(seen) > before)  # noqa: B023 - it is over before the next
+            assert hub.wary == WARY
+        await until(lambda: hub.wary == 0)
+    assert ids(seen) == [1, 2, 3]
 
 
 async def test_a_hub_that_broke_is_not_handed_to_the_next_follower(

@@ -49,6 +49,7 @@ class Hub:
         self.followers = 0
         self.ready = asyncio.Event()
         self.last = 0
+        self.wary = 0  # looks into the log until the bus is trusted again
         self.audience = Audience(rounds, self._news)
         self._ended = self._gone = False
         self._stopping = asyncio.Event()
@@ -62,7 +63,6 @@ class Hub:
         self._progress: tuple[int, int, Event] | None = None  # version, sent_ms, event
         self._reading: dict[int, asyncio.Task[Sequence[Event]]] = {}  # pages of the log that followers wait for
         self._floor = 0  # what followed an older event is of a run that is over, or from before this hub
-        self._wary = 0
         self._task = asyncio.create_task(self._listen(), name=f"feed-{job_id}")
 
     # --- followers ----------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class Hub:
                         else:
                             await self._begin()
                     except Unavailable:
-                        self._wary = WARY
+                        self.wary = WARY
                         if await self._stops_within(RETRY_SECONDS):
                             self.ready.set()  # nobody will be told any more
         finally:
@@ -174,14 +174,14 @@ class Hub:
             return
         before, newest = self.last, await self._newest()
         await self._read_up_to(newest)
-        self._wary = WARY if self.last > before else max(0, self._wary - 1)
+        self.wary = WARY if self.last > before else max(0, self.wary - 1)
         if event is not None and event.seq is None and event.type != BEHIND:
             self._ephemeral(event)
 
     async def _lost(self, subscription: Subscription) -> Event | None:
         """Take events. The first that tells of one that did not come, or None after a silence."""
         loop = asyncio.get_running_loop()
-        patience = self._clock.real(RETRY_SECONDS if self._wary else SILENCE_SECONDS)
+        patience = self._clock.real(RETRY_SECONDS if self.wary else SILENCE_SECONDS)
         heard = loop.time()
         while (until := heard + patience) > loop.time():  # a timer for each event would cost more than the event
             with suppress(TimeoutError):

@@ -109,7 +109,7 @@ class Source:
         """`kind` is one of `STOCK`."""
         self._kind = kind
         self._queues: set[asyncio.Queue[Any]] = set()
-        self._words = " ".join(f"word{n}" for n in range(12))
+        self._words = " ".join(f"word{n}" for n in range(22))  # then an event is as long as one of ours
 
     async def run(self, offset: float) -> None:
         """Publish for ever."""
@@ -122,13 +122,14 @@ class Source:
                 "transcript": text,
                 "stable_words": 11,
                 "start_ms": 4711,
+                "session_id": "f37d7c4e-6be9-47ed-b6fc-7600fc78e34d",
                 "turn_order": 1,
                 "channel": None,
             }
             event: Any = {
                 "id": None,
                 "type": "turn.partial",
-                "job_id": "0199c1d2",
+                "job_id": "0199c1d2-7c3a-7e51-9d0f-3f0a51c2b7aa",
                 "at": "2026-11-21T12:00:00Z",
                 "turn": turn,
             }
