@@ -53,7 +53,7 @@ RATE = 8_000  # of the audio, so that uploading is soon done
 SECONDS = 8.0
 DENSE = 25  # turns a second, as of five people at once
 SETTINGS = {"PATH": "/usr/bin:/bin", "ASSEMBLYAI_API_KEY": "k" * 32, "TURNWIRE_MAX_STREAMS": "4000"}
-COUNTS = {"commits": "xact_commit", "rows": "tup_inserted + tup_updated"}
+COUNTS = {"commits": "xact_commit", "rows": "tup_inserted + tup_updated", "bytes": "pg_database_size(datname)"}
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Running:
         }
 
     def done(self) -> Figures:
-        """What the engines did so far: commits and rows of PostgreSQL, messages to and from NATS."""
+        """What the engines did so far: commits, rows and size of PostgreSQL, messages to and from NATS."""
         if not self.database:
             return {}
         with urllib.request.urlopen(f"{self.nats}/varz") as answer:
@@ -151,7 +151,7 @@ def cluster(far: FarEnd, postgres: Postgres, s3: S3) -> Iterator[Running]:
 
 def submit(running: Running, far: FarEnd, streams: int, seconds: float) -> list[str]:
     """Jobs of that length and of what it takes to submit them; the paths of their events, once all stream."""
-    wav, paths = wav_bytes(RATE, frames=int(RATE * (seconds + streams / 8))), []
+    wav, paths = wav_bytes(RATE, frames=int(RATE * (seconds + streams / 5))), []
     for _ in range(streams):
         connection = HTTPConnection("127.0.0.1", running.port)
         connection.request("POST", "/jobs", wav, {"Content-Type": "audio/wav"})
@@ -208,8 +208,8 @@ def costs(report: Report, far: FarEnd, postgres: Postgres, s3: S3, streams: int,
     )
     columns = ["", "events/s", "p50 ms", "p99 ms"]
     report.table("latency of the same", columns, [[n, f["events"], f["p50"], f["p99"]] for n, f in found.items()])
-    asked = ("commits/s", "rows/s", "in/s", "out/s")
-    columns = ["commits", "rows", "NATS in", "NATS out"]
+    asked = ("commits/s", "rows/s", "bytes/s", "in/s", "out/s")
+    columns = ["commits", "rows", "bytes kept", "NATS in", "NATS out"]
     report.table("asked of the engines by a stream, a second", columns, [[found["cluster"][name] for name in asked]])
     ours = {name: sum(f.get(part, 0.0) for part in ("serve", "worker", "api")) for name, f in found.items()}
     report.bars("cpu", "CPU of our own processes a stream-second", "ms", ours)
