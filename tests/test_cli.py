@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -295,17 +296,30 @@ def test_a_shared_database_is_migrated_by_command_and_told_without_its_password(
     postgres.drop(name)
 
 
-@pytest.mark.parametrize("command", ["serve", "worker"])
-def test_a_node_gives_up_a_database_that_does_not_come(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.runtime.DATABASE_PATIENCE_SECONDS", 0)
+@pytest.fixture
+def _cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of one that is not there."""
     for name, value in {
         "UPSTREAM_URL": "ws://127.0.0.1:9/", "DATABASE_URL": "postgresql+asyncpg://me:canary@127.0.0.1:9/none",
         "BROKER_URL": "nats://127.0.0.1:9", "AUDIO_URL": "s3://nobody-made-it",
     }.items():  # fmt: skip
         monkeypatch.setenv(f"TURNWIRE_{name}", value)
+
+
+@pytest.mark.usefixtures("_cluster")
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_a_node_gives_up_a_database_that_does_not_come(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.runtime.DATABASE_PATIENCE_SECONDS", 0)
     said = problem(command, code=1)
     assert said.startswith("turnwire: TURNWIRE_DATABASE_URL: the database does not answer")
     assert "canary" not in said
+
+
+@pytest.mark.usefixtures("_cluster")
+@pytest.mark.parametrize("command", [["worker"], ["migrate"], ["keys", "ls"]], ids=" ".join)
+def test_a_package_that_only_a_cluster_needs_is_named(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    assert "asyncpg is not installed" in problem(*command, code=1)
 
 
 def test_a_start_on_a_database_of_a_newer_release_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 from service.cli import doctor, jobs, keys, serving, transcribe
 from service.cli.terminal import CommandError, say
 
+CLUSTER_PACKAGES = ("asyncpg", "nats", "obstore")
+
 
 class Commands(TyperGroup):
     """The root group."""
@@ -30,6 +32,11 @@ class Commands(TyperGroup):
             if exc.errno == errno.EPIPE:  # `| head`; typer ends quietly
                 raise
             say(f"turnwire: {exc.strerror or exc}{f': {exc.filename}' if exc.filename else ''}")
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as exc:
+            if exc.name not in CLUSTER_PACKAGES:
+                raise
+            say(f"turnwire: {exc.name} is not installed, which these settings need: pip install '.[cluster]'")
             raise typer.Exit(1) from None
         except Exception as exc:
             from service.core.errors import OurError  # these cost too much for every start
