@@ -191,7 +191,7 @@ async def _check_listed(client: httpx.AsyncClient, job_ids: Iterable[str]) -> No
     assert sorted(listed) == sorted(job_ids), "one job for each upload, whatever happened to its answer"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 async def test_everything_happens_once(tmp_path: Path, engines: Engines) -> None:
     async with cluster(tmp_path, engines, serve=2, worker=3) as made:
         chaos = Chaos(made, random.Random(1))

@@ -77,7 +77,7 @@ async def cancel(client: httpx.AsyncClient, job_id: str) -> None:
     assert response.status_code == 202, response.text
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "how",
     [
@@ -91,7 +91,8 @@ async def test_a_worker_cut_off_from_one_engine(tmp_path: Path, engines: Engines
             engine: await stack.enter_async_context(tethered(made, engine, streams=2 if engine == "nats" else 1))
             for engine in how
         }
-        jobs = [made.follow((await made.upload(marked_wav(JOB_MS)))["id"]) for _ in range(4)]
+        accepted = await asyncio.gather(*(made.upload(marked_wav(JOB_MS)) for _ in range(4)))
+        jobs = [made.follow(job["id"]) for job in accepted]
         for job in jobs:
             await job.sees("turn.final", within=60)
         held = {engine: [job for job in jobs if job.job_id in one.node.holds()] for engine, one in cut.items()}

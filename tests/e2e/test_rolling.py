@@ -53,7 +53,7 @@ async def replace(made: Cluster, command: str, code: Path) -> None:
         assert await old.ended() == 0, old.log.read_text()[-3000:]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_release_after_the_other(tmp_path: Path, postgres: Postgres, nats_server: Nats, s3_server: S3) -> None:
     dice = random.Random(1)
     async with cluster(tmp_path, Engines(postgres, nats_server, s3_server), serve=2, worker=2) as made:
