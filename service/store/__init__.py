@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import and_, delete, func, make_url, select, update
+from sqlalchemy import and_, bindparam, delete, func, make_url, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -21,7 +21,7 @@ from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
 from service.store import idempotency, keys, outbox, pace, schema
-from service.store.engines import open_engine
+from service.store.engines import open_engine, open_writer
 from service.store.idempotency import Use
 from service.store.migration import migrate, schema_is_current, schema_of
 from service.store.reading import Reader, Record, record_of
@@ -35,6 +35,14 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_STRIKES = 3
+
+# Built once: to build a statement costs more than to run it. What a step sets comes with its parameters.
+_STEP = update(jobs).where(
+    jobs.c.id == bindparam("of"),
+    jobs.c.epoch == bindparam("by"),
+    jobs.c.status == Status.PROCESSING,
+    jobs.c.event_seq == bindparam("after"),
+)
 
 
 @dataclass(slots=True)
@@ -63,7 +71,7 @@ class Busy:
 async def open_store(url: str) -> AsyncIterator["Store"]:
     """Connect, and write until the end of the context."""
     sqlite = make_url(url).get_backend_name() == "sqlite"
-    write_engine, read_engine = open_engine(url, writing=True), open_engine(url, writing=False)
+    write_engine, read_engine = open_writer(url), open_engine(url, writing=False)
     writer = Writer(write_engine)
     task = asyncio.create_task(writer.run(), name="store-writer")
     store = Store(read_engine, writer, insert_ignoring=sqlite_insert if sqlite else pg_insert)
@@ -85,6 +93,7 @@ class Store(Reader):
         super().__init__(readers)
         self._writer = writer
         self._insert_ignoring = insert_ignoring
+        self._insert = {table: insert_ignoring(table).on_conflict_do_nothing() for table in (events, turns, said)}
         self._renewals = Renewals(writer)
         self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
         self.keys = keys.Keys(self._rows, writer, insert_ignoring)
@@ -109,7 +118,7 @@ class Store(Reader):
             }  # fmt: skip
             await connection.execute(self._insert_ignoring(jobs).on_conflict_do_nothing(), row)
             name = {"job_id": job.id, "idx": -1, "words": searchable(job.filename)}
-            await connection.execute(self._insert_ignoring(said).on_conflict_do_nothing(), name)
+            await connection.execute(self._insert[said], name)
             await self._append(connection, job, made)
             return None
 
@@ -246,19 +255,21 @@ class Store(Reader):
         """
         new_seq = after_seq + len(write.events)
         job, doc = write.job, to_json(write.job)
-        values: dict[str, Any] = {"status": job.status, "event_seq": new_seq, "doc": doc, "ended_ms": _ended_ms(job)}
+        values: dict[str, Any] = {"status": job.status, "event_seq": new_seq, "doc": doc}
         if write.turns or job.status == Status.QUEUED:
             values["strikes"] = 0
+        step = _STEP
         if job.status != Status.PROCESSING:
-            values |= {"lease_until_ms": 0, "not_before_ms": now_ms() + int(write.not_before_s * 1000)}
+            not_before = now_ms() + int(write.not_before_s * 1000)
+            step = step.values(lease_until_ms=0, not_before_ms=not_before, ended_ms=_ended_ms(job))
         if job.terminal:  # a cancel that came while the job was handed back is for whoever takes it next
             values["cancel_requested"] = False
-        mine = and_(jobs.c.id == job.id, jobs.c.epoch == claim.epoch)
+        fenced = values | {"of": job.id, "by": claim.epoch, "after": after_seq}
 
         async def run(connection: AsyncConnection) -> None:
-            fence = and_(mine, jobs.c.status == Status.PROCESSING, jobs.c.event_seq == after_seq)
-            if (await connection.execute(update(jobs).where(fence).values(values))).rowcount == 0:
+            if (await connection.execute(step, fenced)).rowcount == 0:
                 # Either somebody else's job by now, or this very commit went through and only its answer was lost.
+                mine = and_(jobs.c.id == job.id, jobs.c.epoch == claim.epoch)
                 if (
                     await connection.execute(select(jobs.c.event_seq).where(mine))
                 ).scalar() == new_seq and write.events:
@@ -280,11 +291,11 @@ class Store(Reader):
                      "end_ms": turn.end_ms, "doc": to_json(turn)}
                     for turn in write.turns
                 ]  # fmt: skip
-                await connection.execute(self._insert_ignoring(turns).on_conflict_do_nothing(), rows)
+                await connection.execute(self._insert[turns], rows)
                 texts = [
                     {"job_id": job.id, "idx": turn.index, "words": searchable(turn.transcript)} for turn in write.turns
                 ]
-                await connection.execute(self._insert_ignoring(said).on_conflict_do_nothing(), texts)
+                await connection.execute(self._insert[said], texts)
             await self._append(connection, job, write.events)
 
         await self._writer.write(job.id, run, patient=True)
@@ -313,7 +324,7 @@ class Store(Reader):
         """Log the events just made for `job`, and promise to tell its webhook those that it asks for."""
         if made:
             rows = [{"job_id": e.job_id, "seq": e.seq, "type": e.type, "doc": e.json} for e in made]
-            await connection.execute(self._insert_ignoring(events).on_conflict_do_nothing(), rows)
+            await connection.execute(self._insert[events], rows)
             await outbox.promise_webhook(connection, self._insert_ignoring, job, made)
 
     async def _finalized(self, connection: AsyncConnection, job_id: str) -> dict[str, int]:

@@ -4,18 +4,26 @@ Nothing here waits for long: a server that is unreachable, frozen or cut off is 
 is frozen in the middle of a transaction loses its locks to the others.
 """
 
+import asyncio
 import socket
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
-from sqlalchemy import URL, event, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
+
+T = TypeVar("T")
 
 # With these a process holds at most five connections; PostgreSQL gives a hundred where nobody says otherwise.
 READERS = 4
 CONNECT_SECONDS = 3.0
 SILENCE_SECONDS = 5.0  # without an acknowledgement of what was sent: the other side is gone
+YIELD_SECONDS = 0.001  # a group of writes must not hold up the pacer
 COMMAND_SECONDS = 5.0  # of one statement: the other side is frozen
 # For the case that this process is the one that is frozen or cut off; told to the server, which then ends the session.
 SESSION = {
@@ -32,6 +40,13 @@ def open_engine(url: str, *, writing: bool, command_seconds: float | None = COMM
     if parsed.get_backend_name() == "sqlite":
         return _sqlite(parsed, writing=writing)
     return _postgresql(parsed, writing, command_seconds)
+
+
+def open_writer(url: str) -> "AsyncEngine | SqliteWriter":
+    """As `open_engine` for one writer, but to SQLite without a thread's answer per statement."""
+    if make_url(url).get_backend_name() == "sqlite":
+        return SqliteWriter(url)
+    return open_engine(url, writing=True)
 
 
 def _postgresql(url: URL, writing: bool, command_seconds: float | None) -> AsyncEngine:
@@ -78,8 +93,12 @@ def _sqlite(url: URL, *, writing: bool) -> AsyncEngine:
         engine = create_async_engine(url, poolclass=StaticPool)
     else:
         engine = create_async_engine(url, pool_size=READERS, max_overflow=0)
+    _prepare(engine.sync_engine, writing=writing)
+    return engine
 
-    @event.listens_for(engine.sync_engine, "connect")
+
+def _prepare(engine: Engine, *, writing: bool) -> None:
+    @event.listens_for(engine, "connect")
     def _connected(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's connection
         connection.isolation_level = None  # transactions are begun below, not by the driver
         cursor = connection.cursor()
@@ -94,8 +113,76 @@ def _sqlite(url: URL, *, writing: bool) -> AsyncEngine:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:  # noqa: ANN401
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
-    return engine
+
+class SqliteWriter:
+    """What the writer uses of an `AsyncEngine`.
+
+    Beginning (which may wait for a lock), committing (which waits for the disk), looking and deleting (which may go
+    over many rows) happen in a thread of its own. An insert or an update by key takes microseconds once the
+    transaction holds its lock, and going to a thread and back several times that: it happens at once.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Connects when it is first used."""
+        sync = make_url(url).set(drivername="sqlite")
+        self._engine = create_engine(sync, poolclass=StaticPool, connect_args={"check_same_thread": False})
+        _prepare(self._engine, writing=True)
+        self._thread = ThreadPoolExecutor(1, "sqlite-writer")
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction has begun; what is not committed is rolled back."""
+        connection = await self.away(self._begun)
+        try:
+            yield cast("AsyncConnection", _SqliteConnection(self, connection))
+        finally:
+            if connection.in_transaction():
+                await self.away(connection.close)
+            else:
+                connection.close()
+
+    def _begun(self) -> Connection:
+        connection = self._engine.connect()
+        try:
+            connection.begin()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def away(self, call: Callable[..., T], *arguments: object) -> T:
+        """Call in the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
+    async def dispose(self) -> None:
+        """Close, after whatever is still running."""
+        await self.away(self._engine.dispose)
+        self._thread.shutdown()
+
+
+class _SqliteConnection:
+    """What operations use of an `AsyncConnection`."""
+
+    def __init__(self, writer: SqliteWriter, connection: Connection) -> None:
+        self._writer = writer
+        self._connection = connection
+        self._yielded = time.perf_counter()
+
+    async def execute(self, statement: Any, parameters: Any = None) -> Any:  # noqa: ANN401 - as SQLAlchemy's
+        if not statement.is_dml or statement.is_delete:
+            return await self._writer.away(self._connection.execute, statement, parameters)
+        result = self._connection.execute(statement, parameters)
+        if time.perf_counter() - self._yielded > YIELD_SECONDS:
+            await asyncio.sleep(0)
+            self._yielded = time.perf_counter()
+        return result
+
+    async def commit(self) -> None:
+        await self._writer.away(self._connection.commit)
+
+    async def invalidate(self) -> None:
+        self._connection.invalidate()

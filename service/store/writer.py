@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.core.errors import StorageFull, TurnwireError, Unavailable
+from service.store.engines import SqliteWriter
 from service.store.failures import Failure, failure
 from service.telemetry import metrics
 
@@ -54,7 +55,7 @@ class _Operation:
 class Writer:
     """The one task that writes."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine | SqliteWriter) -> None:
         """`engine` must begin its transactions with a write lock."""
         self._engine = engine
         self._waiting: deque[_Operation] = deque()

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
@@ -604,9 +604,7 @@ async def test_a_failure_in_a_group_is_told_to_whom_it_concerns(store: Store) ->
 
     async def collide(n: int) -> None:
         async def run(connection: Any) -> None:
-            await connection.exec_driver_sql(
-                "INSERT INTO events (job_id, seq, type, doc) VALUES ('j1', 1, 'twice', '')"
-            )
+            await connection.execute(text("INSERT INTO events (job_id, seq, type, doc) VALUES ('j1', 1, 'twice', '')"))
 
         await store._writer.write(f"x{n}", run)
 
@@ -744,9 +742,7 @@ async def test_who_leaves_the_line_takes_an_impatient_write_along_but_not_a_pati
 @pytest.mark.parametrize("each_database", ["sqlite"], indirect=True)
 async def test_a_commit_survives_a_power_cut(store: Store) -> None:
     async def run(connection: Any) -> list[Any]:
-        return [
-            (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")
-        ]
+        return [(await connection.execute(text(f"PRAGMA {name}"))).scalar() for name in ("journal_mode", "synchronous")]
 
     assert await store._writer.write("", run) == ["wal", 2], "each commit is forced to the disk"
 
@@ -786,7 +782,7 @@ async def test_a_full_disk_is_said_at_once_and_the_patient_wait(store: Store, da
 
     async def limit(pragma: str) -> None:
         async def run(connection: Any) -> None:
-            pages.append((await connection.exec_driver_sql(f"PRAGMA {pragma}")).scalar())
+            pages.append((await connection.execute(text(f"PRAGMA {pragma}"))).scalar())
 
         await store._writer.write("", run)
 
