@@ -16,8 +16,8 @@ from typing import Any, Protocol, cast
 import anyio
 import httpcore
 
-_READ_BYTES = 65_536
-_LAST_READS = 32  # a bound for reading from a connection that is already lost
+_READ_BYTES = 16_384  # the most that a TLS record carries; each read makes room for as much
+_LAST_READS = 128  # a bound for reading from a connection that is already lost
 
 
 class Receiver(Protocol):

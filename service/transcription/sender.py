@@ -1,12 +1,13 @@
 """Audio out: read ahead from the blob store, converted, and sent chunk by chunk when the pacer says so. Part of FLOOR
 3.
 
-`Source` reads 64 KiB blocks off the event loop, never whole files, and holds a second of audio and one block at most.
-`Sender.tick` runs on the pacer's wheel and never waits: a chunk is there or it is tried again a tick later, and the
-schedule catches up gently. Positions are milliseconds of the file.
+`Source` reads off the event loop, a second of the file at a time, and holds one to two. `Sender.tick` runs on the
+pacer's wheel and never waits: a chunk is there or it is tried again a tick later, and the schedule catches up gently.
+Positions are milliseconds of the file.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
@@ -18,7 +19,6 @@ from service.pacer import TICK, Pacer, Timer
 from service.ports import BlobStore, Clock, UpstreamSession
 from service.telemetry import metrics
 
-BLOCK = 1 << 16
 RETRY_SECONDS = 1.0
 HIGH_WATER = 1 << 18  # bytes buffered towards a peer that does not read; it is given up on long before this grows
 
@@ -51,12 +51,16 @@ class Source:
         self._read = read
         self._converter = Converter(info.format, channel)
         self._plain = not info.format.converted
-        self._enough = info.format.upstream_rate * FRAME_BYTES  # a second: no chunk is longer
+        # A second each; no chunk is longer. Blocks of one size, never joined: others would leave holes in the heap that
+        # cost a thousand streams as much again.
+        self._block = info.format.sample_rate * info.format.frame_bytes
+        self._enough = info.format.upstream_rate * FRAME_BYTES
         frame = position_ms * info.format.sample_rate // 1000
         self._at = info.data_start + frame * info.format.frame_bytes
         self._end = info.data_start + info.data_bytes
-        self._buffer = b""
-        self._taken = 0
+        self._blocks: deque[bytes] = deque()
+        self._taken = 0  # of the first block
+        self._left = 0  # of all
         self._low = asyncio.Event()
         self._low.set()
         self.complete = False  # everything has been read; what is buffered is the rest
@@ -69,36 +73,43 @@ class Source:
 
     async def _fill(self) -> None:
         # Apart from `run`, which waits for seconds: a thousand streams would all keep their last block meanwhile.
-        block = await self._read(self._at, min(BLOCK, self._end - self._at))
+        block = await self._read(self._at, min(self._block, self._end - self._at))
         self._at += len(block)
         last = self._at >= self._end or not block
         if self._plain:  # no work for a thread
             data = self._converter.convert(block, last=last)
         else:
             data = await asyncio.to_thread(self._converter.convert, block, last=last)
-        self._buffer = self._buffer[self._taken :] + data
-        self._taken = 0
+        self._blocks.append(data)
+        self._left += len(data)
         self.complete = last
         self._mark()
 
     def _mark(self) -> None:
-        if len(self._buffer) - self._taken < self._enough:
+        if self._left < self._enough:
             self._low.set()
         else:
             self._low.clear()
 
     def take(self, size: int) -> bytes | None:
         """The next `size` bytes; fewer only at the end, empty after it; None if the disk has not delivered yet."""
-        if len(self._buffer) - self._taken < size and not self.complete:
+        if self._left < size and not self.complete:
             return None
-        chunk = self._buffer[self._taken : self._taken + size]
-        self._taken += len(chunk)
+        chunk = b""
+        while self._blocks and len(chunk) < size:
+            block, end = self._blocks[0], self._taken + size - len(chunk)
+            chunk += block[self._taken : end]
+            self._taken = end
+            if end >= len(block):
+                self._blocks.popleft()
+                self._taken = 0
+        self._left -= len(chunk)
         self._mark()
         return chunk
 
     def exhausted(self) -> bool:
         """Nothing more will come."""
-        return self.complete and self._taken == len(self._buffer)
+        return self.complete and not self._left
 
 
 class Sender:
