@@ -2,7 +2,8 @@
 
 A blob is written to `<key>.part`, fsynced, renamed, and the directory fsynced: on return it survives a power cut, and
 before that nobody can see it. Files are 0600, the directory 0700. All disk work happens in threads, in pieces of at
-least `BATCH` bytes, so that the event loop and the streams on it never wait for a disk.
+least `BATCH` bytes, so that the event loop and the streams on it never wait for a disk; only a small read of what the
+kernel has in memory is done at once.
 """
 
 import asyncio
@@ -19,8 +20,10 @@ from service.core.errors import AudioMissing, StorageFull, Unavailable
 T = TypeVar("T")
 
 BATCH = 1 << 20
+AT_ONCE = 1 << 16  # bytes at most that are copied from the kernel's memory on the event loop
 MIN_FREE_BYTES = 1 << 30
 MIN_FREE_SHARE = 0.05
+_NO_WAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux
 
 
 class LocalBlobs:
@@ -63,8 +66,11 @@ class LocalBlobs:
 
     async def read(self, key: str, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`."""
+        path = self._directory / key
         try:
-            return await asyncio.to_thread(_read, self._directory / key, start, length)
+            if length <= AT_ONCE and (data := _read_cached(path, start, length)) is not None:
+                return data
+            return await asyncio.to_thread(_read, path, start, length)
         except FileNotFoundError:
             raise AudioMissing from None
         except OSError as exc:
@@ -138,6 +144,22 @@ def _discard(*paths: Path) -> None:
 def _read(path: Path, start: int, length: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         return os.pread(file.fileno(), length, start)
+
+
+def _read_cached(path: Path, start: int, length: int) -> bytes | None:
+    """What the kernel holds in memory, if it holds all of it: a thread would cost several times the copy."""
+    if _NO_WAIT is None:
+        return None
+    buffer = bytearray(length)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return bytes(buffer) if os.preadv(descriptor, [buffer], start, _NO_WAIT) == length else None
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            return None
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _ours(exc: OSError) -> StorageFull | Unavailable:

@@ -31,7 +31,7 @@ from service.core.protocol import decode
 from service.intake import begin_claim
 from service.runtime import SystemClock
 from service.store import Write, migrate, open_store
-from service.store.engines import open_engine
+from service.store.engines import open_engine, open_writer
 from service.store.writer import Writer
 from tests.bench.harness import Cell, Report, arguments, cores, interleaved, percentile
 
@@ -77,7 +77,9 @@ async def group_commit(path: Path, _waiters: int) -> AsyncIterator[Keep]:
     engine = open_engine(f"sqlite+aiosqlite:///{path}", writing=True)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-    writer = Writer(engine)
+    await engine.dispose()
+    lane = open_writer(f"sqlite+aiosqlite:///{path}")
+    writer = Writer(lane)
     task = asyncio.create_task(writer.run())
     statement = insert(Row)
 
@@ -90,7 +92,7 @@ async def group_commit(path: Path, _waiters: int) -> AsyncIterator[Keep]:
     yield keep
     writer.close()
     await task
-    await engine.dispose()
+    await lane.dispose()
 
 
 @asynccontextmanager
