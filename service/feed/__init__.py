@@ -76,7 +76,8 @@ class Feed:
                 if hub.done:
                     return
                 version = hub.audience.version  # from here on every change is noticed
-                if follower.at.cursor == hub.last:  # one who comes from elsewhere may know more than this hub
+                # One who comes from elsewhere may know more than this hub.
+                if follower.at.cursor == hub.last and not hub.looking:
                     if current := hub.current(follower.at.seen):
                         yield current
                     follower.at = Position(follower.at.cursor, version)

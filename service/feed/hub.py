@@ -49,6 +49,7 @@ class Hub:
         self.followers = 0
         self.ready = asyncio.Event()
         self.last = 0
+        self.looking = False  # into the log: what else there is may be old by now
         self.wary = 0  # looks into the log until the bus is trusted again
         self.audience = Audience(rounds, self._news)
         self._ended = self._gone = False
@@ -135,6 +136,8 @@ class Hub:
         durable = self.tail_after(cursor)
         if cursor < self.last and (not durable or durable[-1].seq != self.last):
             return None
+        if self.looking:
+            return News(durable, Position(self.last, seen))
         return News([*durable, *self.current(seen)], Position(self.last, self.audience.version))
 
     # --- listening ----------------------------------------------------------------------------------------------------
@@ -172,8 +175,13 @@ class Hub:
         event = await self._lost(subscription)
         if self._gone:
             return
-        before, newest = self.last, await self._newest()
-        await self._read_up_to(newest)
+        before = self.last
+        self.looking = True
+        try:
+            await self._read_up_to(await self._newest())
+        finally:
+            self.looking = False
+            self.audience.wake()  # for those who came meanwhile; the loop's next turn finds what the bus has brought
         self.wary = WARY if self.last > before else max(0, self.wary - 1)
         if event is not None and event.seq is None and event.type != BEHIND:
             self._ephemeral(event)
