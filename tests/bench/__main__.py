@@ -3,7 +3,8 @@
     pip install -e '.[bench]'; a C compiler and OpenSSL's headers (apt-get install gcc libssl-dev)
 
 Each part is also a command of its own, `python -m tests.bench.<part>`, and says in its docstring what it compares and how. Quick runs
-those of `QUICK` in their quick form, in about five minutes; full runs all. A part that fails is told of, and the others go on. Written
+`streams` and `costs` in their quick form, this service beside the common ways, in about five minutes; full runs all, in two hours;
+`--only` chooses, in the quick form unless it is with `--full`. A part that fails is told of, and the others go on. Written
 are the JSON and SVG files of each part, and `bench.json` with all of them. The machine should have nothing else to do.
 """
 
@@ -16,8 +17,8 @@ from typing import Any
 
 from tests.bench.harness import Cell, Report, arguments, python
 
-PARTS = ("streams", "delivery", "upload", "growth", "costs", "cluster_bus", "cluster", "edge")
-QUICK = ("streams", "delivery", "upload", "growth", "costs")
+PARTS = ("streams", "costs", "delivery", "upload", "growth", "cluster_bus", "cluster", "edge")
+QUICK = ("streams", "costs")
 
 
 def run_part(name: str, out: Path, *, full: bool) -> tuple[dict[str, Any], float]:

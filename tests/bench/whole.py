@@ -46,10 +46,10 @@ class Whole:
         self._streams = streams
         return self.live(streams)
 
-    def live(self, wanted: int) -> int:
-        """Wait for so many streams, or until no more come; how many there are."""
+    def live(self, wanted: int, patience: float = STANDSTILL) -> int:
+        """Wait for so many streams, or until none has come for so long; how many there are."""
         found, moved = 0, time.monotonic()
-        while found < wanted and time.monotonic() < moved + STANDSTILL:
+        while found < wanted and time.monotonic() < moved + patience:
             time.sleep(0.2)
             before, found = found, int(self._far.ask("stats")["sessions"])
             if found > before:
