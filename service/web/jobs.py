@@ -116,7 +116,8 @@ async def _accept(request: Request, runtime: Runtime, owner: str, key: str) -> A
     uploads: Uploads = request.app.state.uploads
     try:
         with uploads.one() as received:
-            body = UploadBody(request.scope, request.receive, runtime.settings.max_upload_bytes, received=received)
+            limit = runtime.settings.max_upload_bytes
+            body = UploadBody(request.scope, request.receive, limit, received=received, turn=uploads.turn)
             query = request.query_params.multi_items()
             if key:
                 accepted = await runtime.intake.accept_once(

@@ -4,6 +4,7 @@ A caller is the name of a key, a token's job, or else an address. The bounds are
 and slow nobody who is at work, a thousand streams that all come back at once included.
 """
 
+import asyncio
 import math
 import time
 from collections import Counter, OrderedDict
@@ -19,6 +20,7 @@ PER_SECOND, BURST = 200.0, 4000.0
 MAX_STREAMS = 4000
 MAX_UPLOADS = 128  # each may hold a piece of 1 MiB
 FREE_BYTES = 64 * 1024
+LONG_ROUND, LONGEST_REST = 0.004, 0.05  # seconds
 MAX_CALLERS = 10_000  # remembered; who is forgotten begins anew
 
 
@@ -61,7 +63,7 @@ class Limits:
 
 
 class Uploads:
-    """The uploads being received that hold memory.
+    """The uploads being received: how many hold memory, and whose turn it is.
 
     One counts once it has brought `FREE_BYTES`: if every beginning counted, a few that never go on would keep out
     everybody else.
@@ -70,6 +72,19 @@ class Uploads:
     def __init__(self) -> None:
         """None yet."""
         self._taken = 0
+        self._next = asyncio.Lock()
+
+    async def turn(self) -> None:
+        """Wait to be the one upload that goes on in this round of the event loop.
+
+        After a long round all uploads rest for as long: there is more to do than time, and running streams come first.
+        """
+        async with self._next:
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            await asyncio.sleep(0)
+            if (took := loop.time() - began) > LONG_ROUND:
+                await asyncio.sleep(min(took, LONGEST_REST))
 
     @contextmanager
     def one(self) -> Iterator[Callable[[int], None]]:

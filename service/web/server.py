@@ -149,6 +149,13 @@ class _Protocol(HttpToolsProtocol):
         if self._head > HEAD_BYTES and not self._deadline.cancelled():
             self.send_400_response("The head of the request is too long.")
 
+    def on_body(self, body: bytes) -> None:
+        """More of a body. uvicorn gathers it and copies that out again; a piece that comes alone is not copied."""
+        gathered: bytes | bytearray = self.cycle.body
+        if not isinstance(gathered, bytearray) or not gathered:
+            self.cycle.body = bytearray(gathered) if gathered else b""  # type: ignore[assignment]
+        super().on_body(body)
+
     def send_400_response(self, msg: str) -> None:
         """What cannot be parsed never reaches the application, and gets the same form of answer from here."""
         answer = problem("bad_request", msg, {"Connection": "close", "X-Request-ID": str(uuid.uuid4())})

@@ -2,14 +2,15 @@
 
 Drives python-multipart's parser directly over ASGI `receive`: the file's bytes go to whoever iterates `chunks`, nothing
 is spooled and at most one received message is in memory. What the headers prove is refused by the constructor, before
-the first `receive`. The parser's CPU time is budgeted (near-boundary data costs it 250 times the usual), its writes are
-cut so that the event loop is never held, and a client that sends too slowly is given up. The limit of an upload counts
-the file's bytes; around them a multipart body may have 1 MiB.
+the first `receive`. Most pieces lie inside the file, far from any boundary: they go past the parser untouched. What the
+parser does see is cut small, so that the event loop is never held, and its CPU time is budgeted (near-boundary data
+costs it 250 times the usual). Before each piece `turn` is awaited: running streams come first. A client that sends too
+slowly is given up. The limit of an upload counts the file's bytes; around them a multipart body may have 1 MiB.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from python_multipart.exceptions import FormParserError
@@ -20,7 +21,8 @@ from starlette.types import Receive, Scope
 from service.core.errors import CallerError
 from service.core.options import clean_filename
 
-PIECE = 64 * 1024
+PIECE = 256 * 1024
+PARSED = 64 * 1024  # by the multipart parser at a time
 MAX_FIELDS = 100
 MAX_FIELD_BYTES = 8 * 1024
 MULTIPART_OVERHEAD = 2**20
@@ -43,6 +45,10 @@ class ClientDisconnected(Exception):
     """The client went away before its body was complete."""
 
 
+async def _at_once() -> None:
+    await asyncio.sleep(0)
+
+
 class UploadBody:
     """One request body. Iterate `chunks` once; then `fields` and `filename` are complete."""
 
@@ -54,10 +60,11 @@ class UploadBody:
         *,
         pace: Pace = Pace(),
         received: Callable[[int], None] = lambda _: None,
+        turn: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         """Raise `CallerError` for what the headers alone show to be wrong.
 
-        `received` is told of the file's bytes so far, and may raise one too.
+        `received` is told of the file's bytes so far, and may raise one too; `turn` is waited for before each piece.
         """
         headers = Headers(scope=scope)
         self.fields: list[tuple[str, str]] = []
@@ -65,6 +72,7 @@ class UploadBody:
         self._source = _Source(receive, pace, _content_length(headers))
         self._max_bytes = max_bytes
         self._received = received
+        self._turn = turn
         self._file_bytes = 0
         self._form = _form(headers)
         self._max_body = max_bytes if self._form is None else max_bytes + MULTIPART_OVERHEAD
@@ -77,7 +85,7 @@ class UploadBody:
         return self._source.length if self._form is None else None
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The file's bytes as they arrive, at most 64 KiB at a time.
+        """The file's bytes as they arrive, at most 256 KiB at a time.
 
         Raises `CallerError` for what is wrong with the body and `ClientDisconnected` when it will never be complete.
         """
@@ -100,10 +108,17 @@ class UploadBody:
     async def _multipart(self, form: "_Form") -> AsyncIterator[bytes]:
         budget = _Budget()
         async for piece in self._pieces():
-            with budget.spend(len(piece)):
-                data = form.write(piece)
-            if data:
-                yield data
+            if form.is_inside_file(piece):
+                yield piece
+                continue
+            for start in range(0, len(piece), PARSED):
+                if start:
+                    await self._turn()
+                part = piece[start : start + PARSED]
+                with budget.spend(len(part)):
+                    data = form.write(part)
+                if data:
+                    yield data
         if not form.ended:
             raise _truncated("The multipart body ends before its final boundary.")
         if not form.file_seen or (form.filename == "" and self._file_bytes == 0):
@@ -112,13 +127,13 @@ class UploadBody:
         self.filename = clean_filename(form.filename) if form.filename else None
 
     async def _pieces(self) -> AsyncIterator[bytes]:
+        await self._turn()
         while (body := await self._source.next()) is not None:
             if self._source.received > self._max_body:
                 raise self._too_large()
             for start in range(0, len(body), PIECE):
-                if start:
-                    await asyncio.sleep(0)  # a long message would hold the loop otherwise
                 yield body[start : start + PIECE]
+                await self._turn()
 
     def _too_large(self) -> CallerError:
         return CallerError("upload_too_large", f"The upload exceeds this server's limit of {self._max_bytes} bytes.")
@@ -211,6 +226,8 @@ class _Form:
         self.filename: str | None = None
         self.file_seen = False
         self.ended = False
+        self._in_file = False
+        self._boundary = b"\r\n--" + boundary
         self._headers: dict[str, str] = {}
         self._header = (bytearray(), bytearray())
         self._name: str | None = None  # of the field being read; None in the file
@@ -245,6 +262,17 @@ class _Form:
         self._file.clear()
         return data
 
+    def is_inside_file(self, piece: bytes) -> bool:
+        """Whether a piece is the file's alone: no boundary is in it, goes on in it or may begin at its end.
+
+        The parser's state after it would be what it is before it, so it need not be written.
+        """
+        if not self._in_file or self._parser.index or self._boundary in piece:
+            return False
+        end = piece[1 - len(self._boundary) :]
+        begun = end.rfind(b"\r")  # a boundary has no other
+        return begun < 0 or not self._boundary.startswith(end[begun:])
+
     def _header_end(self) -> None:
         name, value = (text.decode("latin-1") for text in self._header)
         for text in self._header:
@@ -272,7 +300,7 @@ class _Form:
     def _begin_file(self, filename: bytes | None) -> None:
         if self.file_seen:
             raise CallerError("too_many_files", "More than one part is named 'file'; upload one file a job.")
-        self.file_seen = True
+        self.file_seen = self._in_file = True
         self.filename = None if filename is None else filename.decode(errors="replace")
         self._name = None
 
@@ -285,6 +313,7 @@ class _Form:
                 raise CallerError("bad_option", f"{self._name[:64]}: should be at most {MAX_FIELD_BYTES} bytes long.")
 
     def _part_end(self) -> None:
+        self._in_file = False
         if self._name is not None:
             try:
                 self.fields.append((self._name, self._value.decode()))

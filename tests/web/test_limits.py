@@ -1,6 +1,7 @@
 """How much one caller may ask at once, and that another is not kept waiting by it."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,34 @@ async def test_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     known = limits.Limits()
     assert not any(known.wait_for(str(number)) for number in range(100))
     assert len(known._left) == 10
+
+
+async def test_one_upload_goes_on_in_a_round_of_the_loop() -> None:
+    uploads, rounds, gone_on = limits.Uploads(), 0, []
+
+    async def count() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def go_on(name: str) -> None:
+        for _ in range(5):
+            await uploads.turn()
+            gone_on.append((rounds, name))
+
+    counting = asyncio.create_task(count())
+    await asyncio.gather(*[go_on(name) for name in "abc"])
+    counting.cancel()
+    assert len({at for at, _ in gone_on}) == 15
+    assert [name for _, name in gone_on] == list("abc") * 5, "in turn"
+
+
+async def test_uploads_rest_after_a_long_round() -> None:
+    uploads, loop = limits.Uploads(), asyncio.get_running_loop()
+    began = loop.time()
+    turns = [asyncio.create_task(uploads.turn()) for _ in range(2)]
+    await asyncio.sleep(0)  # the first has begun to wait
+    time.sleep(3 * limits.LONG_ROUND)  # noqa: ASYNC251 - the round is to be long
+    await asyncio.gather(*turns)
+    assert loop.time() - began >= 6 * limits.LONG_ROUND

@@ -108,6 +108,19 @@ def test_any_split_gives_the_same(audio: bytes, data: st.DataObject) -> None:
     assert form.fields == [("a", "1")]
 
 
+async def test_a_boundary_cut_anywhere_is_found_and_what_only_begins_like_one_is_audio() -> None:
+    boundary = f"\r\n--{BOUNDARY}".encode()
+    for cut in range(len(boundary)):
+        inside = b"audio" + boundary[:cut]
+        audio = inside + b"\r\n-more"
+        body = file_part(audio) + part('name="a"', b"1") + END
+        begun, real = body.index(inside) + len(inside), body.index(boundary) + cut
+        pieces = [body[: begun - cut], body[begun - cut : begun], body[begun:real], body[real:]]
+        form = upload(receiving(pieces))
+        assert await read(form) == audio
+        assert form.fields == [("a", "1")]
+
+
 @pytest.mark.parametrize("kind", ["audio/wav", "audio/x-wav; codec=1", "application/octet-stream", "Audio/WAV", None])
 async def test_a_raw_body(kind: str | None) -> None:
     form = upload(receiving([b"RI", b"", b"FF"]), kind, 4)
