@@ -31,12 +31,13 @@ from tests.engines import free_ports
 from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
 from tests.engines.s3 import S3
-from tests.marked import WORD_MS, MarkedWords, words
+from tests.marked import WORD_MS, MarkedWords, marked_wav, words
 
 ROOT = Path(__file__).parents[2]
 WITH_US = ["setpriv", "--pdeathsig", "KILL", "--"]
 UP_SECONDS = 150.0
 STAY_SECONDS = 4.0  # of a follower at one node, on average
+AT_ONCE = 20  # jobs, for a machine that is slow
 NEVER = ("job failed unexpectedly", "job dropped; its lease", "never retrieved", "never awaited", "IntegrityError")
 
 
@@ -208,6 +209,14 @@ class Cluster:
         """A client that follows a job from node to node."""
         self.followers.append(Wanderer(self, job_id, dice=random.Random(self.dice.random())).begin())
         return self.followers[-1]
+
+    async def keep_busy(self, over: asyncio.Event, shortest_ms: int, longest_ms: int, pause: float) -> None:
+        """Jobs, one after the other, each followed by one client, until it is over."""
+        while not over.is_set():
+            if sum(not follower.over for follower in self.followers) < AT_ONCE:
+                job = await self.upload(marked_wav(self.dice.randrange(shortest_ms, longest_ms, WORD_MS)))
+                self.follow(job["id"])
+            await asyncio.sleep(pause * self.dice.uniform(0.5, 1.5))
 
     async def kept(self, job_ids: Sequence[str]) -> "dict[str, tuple[Job, Sequence[Event]]]":
         """The jobs and their logs as the database has them."""

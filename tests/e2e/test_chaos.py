@@ -24,7 +24,6 @@ from tests.e2e.cluster import Cluster, Engines, Node, check, cluster
 from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
 from tests.engines.s3 import S3
-from tests.marked import marked_wav
 
 FROZEN_SECONDS = 18.0  # longer than a lease
 ACTS = (
@@ -60,14 +59,7 @@ class Chaos:
     frozen: set[str] = field(default_factory=set)
     thaws: "set[asyncio.Task[None]]" = field(default_factory=set)
     began: float = field(default_factory=time.time)
-    over: bool = False
-
-    async def upload(self, shortest_ms: int, longest_ms: int, pause: float) -> None:
-        """Jobs, one after the other, each followed by one client, until it is over."""
-        while not self.over:
-            job = await self.cluster.upload(marked_wav(self.dice.randrange(shortest_ms, longest_ms, 200)))
-            self.cluster.follow(job["id"])
-            await asyncio.sleep(pause * self.dice.uniform(0.5, 1.5))
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def act(self, name: str) -> None:
         """One thing happens."""
@@ -138,7 +130,7 @@ class Chaos:
 
     async def settle(self, uploads: "Sequence[asyncio.Task[None]]", within: float) -> None:
         """No more uploads; until all jobs have ended."""
-        self.over = True
+        self.over.set()
         await asyncio.gather(*uploads, *self.thaws)
         try:
             async with asyncio.timeout(within):
@@ -151,6 +143,8 @@ class Chaos:
         """Everything, and the figures."""
         kept = await self.cluster.kept([follower.job_id for follower in self.cluster.followers])
         self.tell(kept)
+        for late in [self.cluster.follow(job_id) for job_id in kept]:
+            await late.done()
         check(kept, self.cluster.followers)
         async with self.cluster.client() as client:
             await _check_listed(client, kept.keys())
@@ -195,7 +189,7 @@ async def _check_listed(client: httpx.AsyncClient, job_ids: Iterable[str]) -> No
 async def test_everything_happens_once(tmp_path: Path, engines: Engines) -> None:
     async with cluster(tmp_path, engines, serve=2, worker=3) as made:
         chaos = Chaos(made, random.Random(1))
-        uploads = [asyncio.create_task(chaos.upload(4000, 10_000, pause=2)) for _ in range(2)]
+        uploads = [asyncio.create_task(made.keep_busy(chaos.over, 4000, 10_000, pause=2)) for _ in range(2)]
         await asyncio.sleep(4)
         for act in ("worker_frozen", "worker_killed", *chaos.dice.sample(ACTS[3:] + ACTS[1:2], 7)):
             await chaos.act(act)
@@ -210,7 +204,7 @@ async def test_everything_happens_once(tmp_path: Path, engines: Engines) -> None
 async def test_five_minutes_of_it(tmp_path: Path, engines: Engines, seed: int) -> None:
     async with cluster(tmp_path, engines, serve=2, worker=3, seed=seed) as made:
         chaos = Chaos(made, random.Random(seed))
-        uploads = [asyncio.create_task(chaos.upload(6000, 40_000, pause=6)) for _ in range(2)]
+        uploads = [asyncio.create_task(made.keep_busy(chaos.over, 6000, 40_000, pause=6)) for _ in range(2)]
         began = time.monotonic()
         while time.monotonic() - began < 300:
             await asyncio.sleep(chaos.dice.uniform(1, 6))

@@ -5,7 +5,6 @@ work on it side by side.
 """
 
 import asyncio
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -18,7 +17,6 @@ from tests.e2e.cluster import ROOT, Cluster, Engines, check, cluster
 from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
 from tests.engines.s3 import S3
-from tests.marked import marked_wav
 
 NEW = "9999"
 MIGRATION = f"""\
@@ -55,17 +53,9 @@ async def replace(made: Cluster, command: str, code: Path) -> None:
 
 @pytest.mark.timeout(600)
 async def test_a_release_after_the_other(tmp_path: Path, postgres: Postgres, nats_server: Nats, s3_server: S3) -> None:
-    dice = random.Random(1)
     async with cluster(tmp_path, Engines(postgres, nats_server, s3_server), serve=2, worker=2) as made:
         over = asyncio.Event()
-
-        async def upload() -> None:
-            while not over.is_set():
-                job = await made.upload(marked_wav(dice.randrange(4000, 12_000, 200)))
-                made.follow(job["id"])
-                await asyncio.sleep(1)
-
-        uploading = asyncio.create_task(upload())
+        uploading = asyncio.create_task(made.keep_busy(over, 4000, 8000, pause=1))
         code = await new_release(made, tmp_path / "new")
         await made.migrate(code)
         assert (await schema_of(made.database_url)).found == NEW
@@ -76,7 +66,7 @@ async def test_a_release_after_the_other(tmp_path: Path, postgres: Postgres, nat
         over.set()
         await uploading
         for follower in made.followers:
-            await follower.done(within=120)
+            await follower.done(within=200)
         kept = await made.kept([follower.job_id for follower in made.followers])
         check(kept, made.followers)
         told = {msgspec.json.decode(event.json)["type"] for _, log in kept.values() for event in log}
