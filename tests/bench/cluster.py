@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 import urllib.request
@@ -54,6 +55,10 @@ SECONDS = 8.0
 DENSE = 25  # turns a second, as of five people at once
 SETTINGS = {"PATH": "/usr/bin:/bin", "ASSEMBLYAI_API_KEY": "k" * 32, "TURNWIRE_MAX_STREAMS": "4000"}
 COUNTS = {"commits": "xact_commit", "rows": "tup_inserted + tup_updated", "bytes": "pg_database_size(datname)"}
+
+
+class Overloaded(Exception):
+    """The worker's load guard leaves jobs in the queue."""
 
 
 @dataclass
@@ -114,9 +119,6 @@ def node(command: str, core: int, settings: Mapping[str, str]) -> Iterator[tuple
                     raise RuntimeError(log.read_text())
                 time.sleep(0.05)
             yield process.pid, int(found[1])
-        except RuntimeError as exc:
-            exc.add_note(log.read_text()[-2000:])
-            raise
         finally:
             stop(process)
 
@@ -161,10 +163,10 @@ def submit(running: Running, far: FarEnd, streams: int, seconds: float) -> list[
         if answer.status != 202:
             raise RuntimeError(job)
         paths.append(f"/jobs/{job['id']}/events")
-    deadline = time.monotonic() + 30 + streams / 5
+    deadline = time.monotonic() + 15 + streams / 10
     while (live := far.ask("stats")["sessions"]) < streams:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"of {streams} jobs {live} stream")
+            raise Overloaded(f"of {streams} jobs {live:.0f} stream")
         time.sleep(0.1)
     return paths
 
@@ -228,11 +230,16 @@ def latency(
     rows: list[list[Cell]] = []
     found = []
     for streams in counts:
-        with cluster(far, postgres, s3) as running:
-            figures = measure(running, far, streams, seconds)
+        try:
+            with cluster(far, postgres, s3) as running:
+                figures = measure(running, far, streams, seconds)
+        except Overloaded as exc:
+            print(f"{streams * per_second} turns a second are too many here: {exc}", flush=True)
+            break
         busy = [figures[name] * streams / 10 for name in ("worker", "api", "nats", "postgres")]
         rows.append([streams * per_second, figures["events"], figures["p50"], figures["p99"], *busy])
         found.append((figures["events"], figures["p50"], figures["p99"]))
+        print(*(round(cell, 1) for cell in rows[-1] if isinstance(cell, int | float)), file=sys.stderr, flush=True)
     columns = ["turns/s made", "events/s heard", "p50 ms", "p99 ms", "worker %", "API %", "NATS %", "PostgreSQL %"]
     report.table("latency from upstream to a subscriber at another node, and % of a core", columns, rows)
     return found
@@ -256,7 +263,7 @@ def main() -> None:
             stop(far.process)
         if options.only != "costs":
             far = FarEnd(Path(directory), tls=False, per_second=DENSE)
-            counts = options.streams or ((20, 40, 80, 120, 160, 200) if options.full else (40, 120))
+            counts = options.streams or ((20, 40, 80, 120, 160, 200) if options.full else (40, 80, 120))
             found = latency(report, far, DENSE, postgres, s3, counts)
             stop(far.process)
             for part, index in (("p50", 1), ("p99", 2)):
