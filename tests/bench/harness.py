@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,9 +40,17 @@ def cores() -> tuple[int, int]:
 
 def start(command: Sequence[str], core: int, **options: Any) -> subprocess.Popen[str]:
     """Start `command` on that core alone, its threads too; text pipes to its stdin and from its stdout."""
+
+    def prepare() -> None:
+        os.sched_setaffinity(0, {core})
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[
+            1
+        ]  # a thousand streams are more files than many allow at first
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
     # Nothing here starts threads, which a function run in the child would not survive.
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen(command, preexec_fn=lambda: os.sched_setaffinity(0, {core}), **options)  # noqa: PLW1509
+    return subprocess.Popen(command, preexec_fn=prepare, **options)  # noqa: PLW1509
 
 
 def python(module: str, *arguments: str) -> list[str]:

@@ -135,10 +135,13 @@ def compare(
     chunk_ms, label = KINDS[kind][1], _label(kind)
     every: dict[str, Steps] = {}
     for name, (ladder, first) in ladders.items():
-        if name == WHOLE:
-            every[name] = climb_whole(far, ladder, chunk_ms, seconds)
-        else:
-            every[name] = climb(ladder, first, partial(_measured, name, far, chunk_ms, seconds))
+        try:
+            if name == WHOLE:
+                every[name] = climb_whole(far, ladder, chunk_ms, seconds)
+            else:
+                every[name] = climb(ladder, first, partial(_measured, name, far, chunk_ms, seconds))
+        except RuntimeError as exc:  # not installed, say; the others are worth their time
+            print(f"{name} is left out: {exc}", file=sys.stderr)
     columns = ["contender", "streams", "p50 ms", "p99 ms", "max ms", "rate", "CPU ms/stream-s", "core", "others", "far end", "driver"]  # fmt: skip
     figures = ("p50", "p99", "max", "rate", "cpu", "busy", "others", "far", "driver")
     rows: list[list[Cell]] = [
@@ -253,7 +256,7 @@ def main() -> None:
                     costs(report, far, kind, comparable(every, full=given.full), given.rounds, ROUND_SECONDS)
             finally:
                 stop(far.process)
-    report.write(given.out)
+            report.write(given.out)
 
 
 if __name__ == "__main__":
