@@ -25,6 +25,7 @@ class Schedule:
         self.chunk_frames = min(ceil(rate * chunk_ms / 1000), MAX_MESSAGE_BYTES // FRAME_BYTES)
         self.chunk_bytes = self.chunk_frames * FRAME_BYTES
         self.chunk_seconds = self.chunk_frames / rate
+        self._shortest = ceil(rate * MIN_CHUNK_MS / 1000) * FRAME_BYTES
         self._planned = float("-inf")  # when the next chunk should go, as last told
 
     def due(self, chunk: int) -> float:
@@ -43,7 +44,7 @@ class Schedule:
 
     def padded(self, chunk: bytes) -> bytes:
         """`chunk`, with silence appended if it is shorter than upstream accepts."""
-        return chunk.ljust(ceil(self.rate * MIN_CHUNK_MS / 1000) * FRAME_BYTES, b"\0")
+        return chunk.ljust(self._shortest, b"\0")
 
     def seconds(self, data_bytes: int) -> float:
         """How long `data_bytes` of audio last."""

@@ -44,8 +44,7 @@ class Conversation:
         self.state = State.OPENING
         self.deadline = now + OPENING_SECONDS
         self.reason: Reason | None = None  # why Terminate was sent
-        self._expires = now + LIFETIME_SECONDS
-        self._lifetime = LIFETIME_SECONDS
+        self._plan(now, LIFETIME_SECONDS)
 
     def _step(self, step: str) -> None:
         self.state = STEPS[self.state][step]
@@ -54,9 +53,11 @@ class Conversation:
         """Begin has arrived; `lifetime` in seconds if it told when the session expires."""
         self._step("begin")
         self.deadline = float("inf")
-        if lifetime is not None:
-            self._lifetime = min(LIFETIME_SECONDS, max(1.0, lifetime))
-        self._expires = now + self._lifetime
+        self._plan(now, LIFETIME_SECONDS if lifetime is None else min(LIFETIME_SECONDS, max(1.0, lifetime)))
+
+    def _plan(self, now: float, lifetime: float) -> None:
+        self._rotate_idle = now + lifetime - min(300.0, 0.25 * lifetime)
+        self._rotate_speaking = now + lifetime - min(60.0, 0.1 * lifetime)
 
     def finish(self, reason: Reason, *, now: float, within: float = DRAINING_SECONDS) -> None:
         """Terminate is being sent. A second reason only shortens the wait."""
@@ -80,8 +81,5 @@ class Conversation:
         """Whether to go on in a new session: from a few minutes before expiry at the next turn boundary, shortly
         before it anyway.
         """
-        if self.state != State.STREAMING:
-            return False
-        left = self._expires - now
-        margin = min(60.0, 0.1 * self._lifetime) if speaking else min(300.0, 0.25 * self._lifetime)
-        return left < margin
+        due = self._rotate_speaking if speaking else self._rotate_idle
+        return now > due and self.state is State.STREAMING

@@ -124,13 +124,13 @@ class Sender:
         *,
         offset_ms: int,
         total_ms: int,
-        paused: Callable[[], bool],
-        sent: Callable[[int], None],
+        paused: Callable[[float], bool],
+        sent: Callable[[int, float], None],
         ended: Callable[[], None],
         broke: Callable[[Exception], None],
     ) -> None:
-        """`paused()`: nothing may be sent now. `sent(position_ms)` after each chunk; `ended()` when the last one
-        would have been spoken. `broke(exc)`: something raised, and nothing more will be sent.
+        """`paused(now)`: nothing may be sent now. `sent(position_ms, now)` after each chunk; `ended()` when the last
+        one would have been spoken. `broke(exc)`: something raised, and nothing more will be sent.
         """
         self._session = session
         self._source = source
@@ -178,7 +178,7 @@ class Sender:
         if self._source.exhausted():
             self._ended()
             return None
-        if self._paused() or self._session.buffered > HIGH_WATER:
+        if self._paused(now) or self._session.buffered > HIGH_WATER:
             self._due = now + self._schedule.chunk_seconds
             return self._due
         chunk = self._source.take(self._schedule.chunk_bytes)
@@ -190,7 +190,7 @@ class Sender:
             self._session.send(self._schedule.padded(chunk))
             self._chunk += 1
             self._bytes += len(chunk)
-            self._sent(self._advance())
+            self._sent(self._advance(), now)
         if self._source.exhausted():
             return max(now, self.start + self._schedule.seconds(self._bytes))
         self._due = self._schedule.next_send(self._chunk, start=self.start, sent_at=now)

@@ -227,7 +227,7 @@ class ChannelStream:
                 if folded is not None:
                     work.recorder.folded(folded)
                     if folded.kind == "turn.final":
-                        self._progressed()
+                        self._progressed(clock.now())
             elif isinstance(message, SpeakerRevision):
                 for folded in folder.revision(message):
                     work.recorder.folded(folded)
@@ -260,24 +260,28 @@ class ChannelStream:
     ) -> None:
         work = self._work
 
-        def sent(position_ms: int) -> None:
+        recorder, lease = work.recorder, work.lease
+
+        def paused(now: float) -> bool:
+            return recorder.congested or not lease.held(now)
+
+        def sent(position_ms: int, now: float) -> None:
             session.sent_ms = position_ms - session.offset_ms
             if position_ms > self._furthest_ms:
                 self._furthest_ms = position_ms
-                self._progressed()
-                work.recorder.sent(self._channel, position_ms)
-            if self._conversation.should_rotate(work.clock.now(), speaking=folder.speaking):
+                self._progressed(now)
+                recorder.sent(self._channel, position_ms)
+            if self._conversation.should_rotate(now, speaking=folder.speaking):
                 self._finish("rotate")
 
         sender = self._sender = Sender(
             ws, source, schedule, work.clock, offset_ms=session.offset_ms, total_ms=self._total_ms,
-            paused=lambda: work.recorder.congested or not work.lease.held, sent=sent, ended=lambda: self._finish("end"),
-            broke=self._on_break,
+            paused=paused, sent=sent, ended=lambda: self._finish("end"), broke=self._on_break,
         )  # fmt: skip
         work.start_line.arrive(session.offset_ms, lambda start: sender.begin(work.pacer, start), work.clock.now())
 
-    def _progressed(self) -> None:
-        self._progress_at = self._work.clock.now()
+    def _progressed(self, now: float) -> None:
+        self._progress_at = now
         self._losses = 0
 
     def _finish(self, reason: Reason) -> None:
