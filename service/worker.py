@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 
 import structlog
 
-from service.core.admission import LATE_SECONDS, LoadGuard, Second
+from service.core.admission import GRAVE_SECONDS, LATE_SECONDS, LoadGuard, Second
 from service.core.errors import TurnwireError
 from service.core.job import Claim, channels
 from service.intake import begin_claim
@@ -108,17 +108,18 @@ class Worker:
         """Feed the guard once a second, and tell when it opens or closes."""
         clock = self._runtime.clock
         metrics.admission_open.set(self._guard.open)
-        now, used, (chunks, late) = clock.now(), time.thread_time(), _chunks(clock.real(1))
+        now, used, seen = clock.now(), time.thread_time(), _chunks(clock.real(1))
         while True:
             await clock.sleep(1 / clock.real(1))  # a second of the wall: load is the machine's, whatever a test's clock
             before, now, used_before, used = now, clock.now(), used, time.thread_time()
-            chunks_before, late_before, (chunks, late) = chunks, late, _chunks(clock.real(1))
+            seen_before, seen = seen, _chunks(clock.real(1))
+            chunks, late, grave = (count - then for count, then in zip(seen, seen_before, strict=True))
             busy = (used - used_before) / max(0.001, clock.real(now - before))
-            if self._guard.feed(Second(chunks - chunks_before, late - late_before, busy)):
+            if self._guard.feed(Second(chunks, late, busy, grave)):
                 metrics.admission_open.set(self._guard.open)
                 verdict = "new streams are taken again" if self._guard.open else "too busy to take new streams"
                 running = self._runtime.settings.max_streams - self._free
-                log.warning(verdict, streams=running, busy=round(busy, 2), late=late - late_before)
+                log.warning(verdict, streams=running, busy=round(busy, 2), late=late, grave=grave)
             self._freed.set()
 
     async def _start(self, delivery: Delivery) -> None:
@@ -175,15 +176,17 @@ class Worker:
             await self._runtime.clock.sleep(RECONCILE_SECONDS)
 
 
-def _chunks(real: float) -> tuple[int, int]:
-    """Chunks sent so far, and those that were late; `real` as of `Clock.real(1)`."""
-    total = in_time = 0
+def _chunks(real: float) -> tuple[int, int, int]:
+    """Chunks sent so far, and those that were late and gravely so; `real` as of `Clock.real(1)`."""
+    total = in_time = bearable = 0
     for sample in next(iter(metrics.chunk_lateness.collect())).samples:
-        if sample.name.endswith("_bucket") and float(sample.labels["le"]) * real <= LATE_SECONDS:
-            in_time = int(sample.value)
+        if sample.name.endswith("_bucket"):
+            limit = float(sample.labels["le"]) * real
+            in_time = int(sample.value) if limit <= LATE_SECONDS else in_time
+            bearable = int(sample.value) if limit <= GRAVE_SECONDS else bearable
         elif sample.name.endswith("_count"):
             total = int(sample.value)
-    return total, total - in_time
+    return total, total - in_time, total - bearable
 
 
 async def start_worker(runtime: Runtime, stack: AsyncExitStack) -> Worker:

@@ -6,7 +6,9 @@ from service.core.admission import ALWAYS, LoadGuard, Second
 
 CALM = Second(chunks=1000, late=0, busy=0.3)
 BUSY = Second(chunks=1000, late=0, busy=0.9)
-LATE = Second(chunks=1000, late=11, busy=0.3)
+LATE = Second(chunks=1000, late=11, busy=0.5)
+OTHERS = Second(chunks=1000, late=300, busy=0.3)  # of somebody else's making
+GRAVE = Second(chunks=1000, late=300, busy=0.3, grave=11)
 NEITHER = Second(chunks=1000, late=7, busy=0.7)  # not calm enough to open, not bad enough to close
 IDLE = Second(chunks=0, late=0, busy=0.0)
 
@@ -24,7 +26,12 @@ IDLE = Second(chunks=0, late=0, busy=0.0)
         ([LATE] * 4, True),
         ([LATE] * 5, False),
         ([CALM, LATE, CALM, CALM, CALM], True),
-        ([Second(1000, 60, 0.3), CALM, CALM, CALM, CALM], False),
+        ([Second(1000, 60, 0.5), CALM, CALM, CALM, CALM], False),
+        ([OTHERS] * 20, True),
+        ([GRAVE] * 5, False),
+        ([GRAVE] * 20, False),
+        ([GRAVE] * 5 + [OTHERS] * 5, True),
+        ([LATE] * 5 + [OTHERS] * 5, True),
         ([BUSY] * 3 + [CALM] * 4, False),
         ([BUSY] * 3 + [CALM] * 5, True),
         ([BUSY] * 3 + [NEITHER] * 50, False),
