@@ -3,14 +3,16 @@
 A blob is written to `<key>.part`, fsynced, renamed, and the directory fsynced: on return it survives a power cut, and
 before that nobody can see it. Files are 0600, the directory 0700. All disk work happens in threads, in pieces of at
 least `BATCH` bytes, so that the event loop and the streams on it never wait for a disk; only a small read of what the
-kernel has in memory is done at once.
+kernel has in memory is done at once. Uploads have threads of their own, and their bytes are sent to the disk as they
+come: what else waits for a thread or for the disk does not wait for a gigabyte.
 """
 
 import asyncio
 import errno
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +22,12 @@ from service.core.errors import AudioMissing, StorageFull, Unavailable
 T = TypeVar("T")
 
 BATCH = 1 << 20
+SYNC_BATCHES = 64
+WRITERS = 4  # threads
 AT_ONCE = 1 << 16  # bytes at most that are copied from the kernel's memory on the event loop
 MIN_FREE_BYTES = 1 << 30
 MIN_FREE_SHARE = 0.05
+_MOST_BUFFERS = os.sysconf("SC_IOV_MAX")
 _NO_WAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux
 
 
@@ -32,32 +37,47 @@ class LocalBlobs:
     def __init__(self, directory: Path) -> None:
         """Make the directory if it is not there."""
         self._directory = directory
+        self._writers = ThreadPoolExecutor(WRITERS, "upload")
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
         """Store all or nothing, durable on return."""
         part, path = self._directory / f"{key}.part", self._directory / key
         try:
-            await _in_thread(_create, part)
+            await self._in_thread(_create, part)
             size = await self._write(part, chunks)
-            await _in_thread(self._commit, part, path)
+            await self._in_thread(self._commit, part, path)
         except BaseException as exc:
             with suppress(OSError):
-                await _in_thread(_discard, part, path)
+                await self._in_thread(_discard, part, path)
             if isinstance(exc, OSError):
                 raise _ours(exc) from exc
             raise
         return size
 
     async def _write(self, part: Path, chunks: AsyncIterator[bytes]) -> int:
-        size, batch, held = 0, [], 0
+        size, held, batches = 0, 0, 0
+        batch: list[bytes] = []
         async for chunk in chunks:
             batch.append(chunk)
             held += len(chunk)
             if held >= BATCH:
-                size += await _in_thread(_append, part, batch)
+                size, batches = size + held, batches + 1
+                await self._in_thread(_append, part, batch, batches % SYNC_BATCHES == 0)
                 batch, held = [], 0
-        return size + await _in_thread(_append, part, batch)
+        await self._in_thread(_append, part, batch, False)
+        return size + held
+
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:  # noqa: ANN401 - handed on
+        """Run in a thread, to its end: a caller that is cancelled must not clean up under a thread still at work."""
+        running = asyncio.get_running_loop().run_in_executor(self._writers, function, *args)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            while not running.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([running])
+            raise
 
     def _commit(self, part: Path, path: Path) -> None:
         _sync(part)
@@ -107,25 +127,25 @@ class LocalBlobs:
         return f"{usage.free >> 20} MiB free"
 
 
-async def _in_thread(function: Callable[..., T], *args: Any) -> T:  # noqa: ANN401 - handed on
-    """Run in a thread, to its end: a caller that is cancelled must not clean up under a thread still at work."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *args))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([running])
-        raise
-
-
 def _create(path: Path) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
-def _append(path: Path, chunks: Sequence[bytes]) -> int:
-    with path.open("ab") as file:
-        return sum(file.write(chunk) for chunk in chunks)
+def _append(path: Path, chunks: list[bytes], sync: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        at = 0
+        while at < len(chunks):
+            written = os.writev(descriptor, chunks[at : at + _MOST_BUFFERS])
+            while at < len(chunks) and written >= len(chunks[at]):
+                written -= len(chunks[at])
+                at += 1
+            if written:
+                chunks[at] = chunks[at][written:]
+        if sync:
+            os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -187,6 +187,26 @@ async def test_only_the_owner_may_read(files: LocalBlobs, directory: Path) -> No
     assert mode(directory) == 0o700
 
 
+async def test_more_pieces_than_the_kernel_takes_at_once(files: LocalBlobs, directory: Path) -> None:
+    chunks = [os.urandom(n % 7) for n in range(5000)]
+    assert await files.put("k", pieces(chunks)) == len(b"".join(chunks))
+    assert (directory / "k").read_bytes() == b"".join(chunks)
+
+
+async def test_a_large_file_goes_to_the_disk_as_it_comes(files: LocalBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[int] = []
+    fdatasync = os.fdatasync
+
+    def seen(descriptor: int) -> None:
+        forced.append(os.fstat(descriptor).st_size)
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", seen)
+    monkeypatch.setattr("service.backends.local.SYNC_BATCHES", 2)
+    await files.put("k", pieces([bytes(BATCH)] * 5))
+    assert forced == [2 * BATCH, 4 * BATCH]
+
+
 async def test_bytes_then_name_are_forced_to_the_disk(
     files: LocalBlobs, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
