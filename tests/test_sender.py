@@ -125,7 +125,7 @@ def sent_and_late(*, loop_late: Callable[[], float] = lambda: 0.0, disk: float =
         async with reading(read, info) as source:
             sender = Sender(
                 cast("UpstreamSession", wire), source, Schedule(16_000, 50), clock, offset_ms=0, total_ms=info.duration_ms,
-                paused=lambda _now: False, sent=lambda _position, _now: None, ended=lambda: None, broke=lambda _exc: None,
+                paused=lambda _now: False, sent=lambda _now: None, ended=lambda: None, broke=lambda _exc: None,
             )  # fmt: skip
             sender.begin(Pacer(clock), clock.now())
             await clock.sleep(10)

@@ -20,6 +20,7 @@ from service.ports import BlobStore, Clock, UpstreamSession
 from service.telemetry import metrics
 
 RETRY_SECONDS = 1.0
+TELL_SECONDS = 0.25  # what follows from a position is worked out as often, not for every chunk
 HIGH_WATER = 1 << 18  # bytes buffered towards a peer that does not read; it is given up on long before this grows
 
 
@@ -83,12 +84,7 @@ class Source:
         self._blocks.append(data)
         self._left += len(data)
         self.complete = last
-        self._mark()
-
-    def _mark(self) -> None:
-        if self._left < self._enough:
-            self._low.set()
-        else:
+        if self._left >= self._enough:
             self._low.clear()
 
     def take(self, size: int) -> bytes | None:
@@ -104,7 +100,8 @@ class Source:
                 self._blocks.popleft()
                 self._taken = 0
         self._left -= len(chunk)
-        self._mark()
+        if self._left < self._enough:
+            self._low.set()
         return chunk
 
     def exhausted(self) -> bool:
@@ -125,12 +122,12 @@ class Sender:
         offset_ms: int,
         total_ms: int,
         paused: Callable[[float], bool],
-        sent: Callable[[int, float], None],
+        sent: Callable[[float], None],
         ended: Callable[[], None],
         broke: Callable[[Exception], None],
     ) -> None:
-        """`paused(now)`: nothing may be sent now. `sent(position_ms, now)` after each chunk; `ended()` when the last
-        one would have been spoken. `broke(exc)`: something raised, and nothing more will be sent.
+        """`paused(now)`: nothing may be sent now. `sent(now)` every `TELL_SECONDS`; `ended()` when the last chunk would
+        have been spoken. `broke(exc)`: something raised, and nothing more will be sent.
         """
         self._session = session
         self._source = source
@@ -146,8 +143,8 @@ class Sender:
         self._bytes = 0
         self._timer: Timer | None = None
         self._due = 0.0  # when the next chunk is to go
+        self._tell_at = 0.0
         self.start: float | None = None
-        self.position_ms = offset_ms
 
     def begin(self, pacer: Pacer, start: float) -> None:
         """Send chunk 0 at `start` and the others after it."""
@@ -190,15 +187,18 @@ class Sender:
             self._session.send(self._schedule.padded(chunk))
             self._chunk += 1
             self._bytes += len(chunk)
-            self._sent(self._advance(), now)
+            if now >= self._tell_at:
+                self._tell_at = now + TELL_SECONDS
+                self._sent(now)
         if self._source.exhausted():
             return max(now, self.start + self._schedule.seconds(self._bytes))
         self._due = self._schedule.next_send(self._chunk, start=self.start, sent_at=now)
         return self._due
 
-    def _advance(self) -> int:
+    @property
+    def position_ms(self) -> int | None:
+        """Where in the file the audio that was sent ends; None before any was."""
+        if not self._bytes:
+            return None
         sent_ms = self._bytes // FRAME_BYTES * 1000 // self._schedule.rate
-        self.position_ms = (
-            self._total_ms if self._source.exhausted() else min(self._offset_ms + sent_ms, self._total_ms)
-        )
-        return self.position_ms
+        return self._total_ms if self._source.exhausted() else min(self._offset_ms + sent_ms, self._total_ms)

@@ -218,11 +218,13 @@ class ChannelStream:
             elif folder is None or self._sender is None:
                 continue
             elif isinstance(message, Turn):
+                if message.end_of_turn:  # kept with how far the session was handed the audio
+                    self._note_position(clock.now())
                 folded = folder.turn(
                     message,
                     next_index=work.recorder.job.turn_count,
                     elapsed_ms=self._sender.elapsed_ms(clock.now()),
-                    position_ms=self._sender.position_ms,
+                    position_ms=self._sender.position_ms or position_ms,
                 )
                 if folded is not None:
                     work.recorder.folded(folded)
@@ -265,12 +267,8 @@ class ChannelStream:
         def paused(now: float) -> bool:
             return recorder.congested or not lease.held(now)
 
-        def sent(position_ms: int, now: float) -> None:
-            session.sent_ms = position_ms - session.offset_ms
-            if position_ms > self._furthest_ms:
-                self._furthest_ms = position_ms
-                self._progressed(now)
-                recorder.sent(self._channel, position_ms)
+        def sent(now: float) -> None:
+            self._note_position(now)
             if self._conversation.should_rotate(now, speaking=folder.speaking):
                 self._finish("rotate")
 
@@ -279,6 +277,16 @@ class ChannelStream:
             paused=paused, sent=sent, ended=lambda: self._finish("end"), broke=self._on_break,
         )  # fmt: skip
         work.start_line.arrive(session.offset_ms, lambda start: sender.begin(work.pacer, start), work.clock.now())
+
+    def _note_position(self, now: float) -> None:
+        position_ms = None if self._sender is None else self._sender.position_ms
+        if position_ms is None or self._session is None:
+            return
+        self._session.sent_ms = position_ms - self._session.offset_ms
+        if position_ms > self._furthest_ms:
+            self._furthest_ms = position_ms
+            self._progressed(now)
+            self._work.recorder.sent(self._channel, position_ms)
 
     def _progressed(self, now: float) -> None:
         self._progress_at = now
@@ -293,6 +301,7 @@ class ChannelStream:
         ):
             return
         self._sender.stop()
+        self._note_position(self._work.clock.now())
         if self._conversation.state == State.STREAMING:
             self._ws.finish()
             if reason == "end":
@@ -344,6 +353,7 @@ class ChannelStream:
     def _leave(self) -> None:
         if self._sender is not None:
             self._sender.stop()
+            self._note_position(self._work.clock.now())
         session, stopped = self._session, self._conversation.reason in ("cancel", "drain", "failed")
         if session is not None:
             log.info("session left", session_id=session.id, sent_ms=session.sent_ms)
