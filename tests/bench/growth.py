@@ -44,7 +44,7 @@ def streams(report: Report, far: FarEnd, counts: Sequence[int], seconds: float) 
     with whole(far) as service:
         empty = rss_bytes(service.pid) / 1024
         for step, count in enumerate(counts):
-            left = (counts[-1] - count) / 15 + 2.5 * seconds * (len(counts) - step)
+            left = (counts[-1] - count) / 8 + 2.5 * seconds * (len(counts) - step)
             live = service.grow(count, CHUNK_MS, left + 30)
             service.heard()
             f = window(far, service.pid, live, CHUNK_MS, seconds)

@@ -68,7 +68,7 @@ def measure(name: str, far: FarEnd, streams: int, chunk_ms: int, seconds: float)
     far.ask(f"reset {chunk_ms}")
     if name == WHOLE:
         with whole(far) as service:
-            live = service.grow(streams, chunk_ms, streams / 10 + 4 * seconds + 20)
+            live = service.grow(streams, chunk_ms, streams / 8 + 4 * seconds + 20)
             return window(far, service.pid, live, chunk_ms, seconds)
     with contender(name, far, streams, chunk_ms) as pid:
         return window(far, pid, streams, chunk_ms, seconds)
@@ -102,7 +102,7 @@ def climb_whole(far: FarEnd, ladder: Sequence[int], chunk_ms: int, seconds: floa
     found: Steps = {}
     with whole(far) as service:
         for number, streams in enumerate(ladder):
-            left = (ladder[-1] - streams) / 15 + 2.5 * seconds * (len(ladder) - number)
+            left = (ladder[-1] - streams) / 8 + 2.5 * seconds * (len(ladder) - number)
             live = service.grow(streams, chunk_ms, left + 30)
             service.heard()
             tried = [_told(WHOLE, live, window(far, service.pid, live, chunk_ms, seconds))]
