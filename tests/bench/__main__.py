@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.bench.harness import Cell, Report, arguments, python
 
-PARTS = ("streams", "costs", "delivery", "upload", "growth", "cluster_bus", "cluster", "edge")
+PARTS = ("streams", "costs", "delivery", "upload", "growth", "overload", "cluster_bus", "cluster", "edge")
 QUICK = ("streams", "costs")
 
 
