@@ -19,12 +19,13 @@ JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{1
 MAX_JSON_BYTES = 16 * 1024
 
 
-def _runtime(request: Request) -> Runtime:
+# Coroutines, though they wait for nothing: FastAPI runs a plain function in a thread, for each request.
+async def _runtime(request: Request) -> Runtime:
     runtime: Runtime = request.app.state.runtime
     return runtime
 
 
-def _owner(request: Request) -> str:
+async def _owner(request: Request) -> str:
     owner: str = request.state.owner
     return owner
 
