@@ -5,6 +5,7 @@ are handed back while there is still an upstream to say Terminate to.
 """
 
 import asyncio
+import gc
 import secrets
 import tempfile
 from collections.abc import AsyncIterator
@@ -260,7 +261,9 @@ def _listen(runtime: "Runtime", create: "Callable[[Runtime], ASGIApp]") -> "Http
     from service.web.server import HttpServer
 
     try:
-        return HttpServer(runtime, create(runtime))
+        server = HttpServer(runtime, create(runtime))
+        gc.freeze()  # what is there now stays: looking through it would stop every stream for a tenth of a second
+        return server
     except OSError as exc:
         where = f"{runtime.settings.host}, port {runtime.settings.port}"
         raise CommandError(f"cannot listen on {where}: {exc.strerror}; --host and --port choose others") from None
