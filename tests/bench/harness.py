@@ -6,10 +6,12 @@ counts, and every result says how busy the machine was. Linux only.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
+_libc = ctypes.CDLL(None)
 Points = Sequence[tuple[float, float]]
 Cell = str | float | int | None
 
@@ -42,10 +45,11 @@ def start(command: Sequence[str], core: int, **options: Any) -> subprocess.Popen
     """Start `command` on that core alone, its threads too; text pipes to its stdin and from its stdout."""
 
     def prepare() -> None:
+        _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a benchmark that is killed leaves nothing behind
         os.sched_setaffinity(0, {core})
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[
             1
-        ]  # a thousand streams are more files than many allow at first
+        ]  # many are allowed fewer files than a thousand streams need
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     # Nothing here starts threads, which a function run in the child would not survive.

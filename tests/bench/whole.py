@@ -22,7 +22,7 @@ SUBMITS_PER_SECOND = (
     12  # the service takes twice as many; but what they cost must not look like lasting load to its guard
 )
 BACKLOG = 20
-STANDSTILL = 8.0  # without another stream: the guard keeps the rest waiting
+STANDSTILL = 15.0  # without another stream: once closed, the guard looks at five calm seconds before it opens
 SETTINGS = {"TURNWIRE_MAX_STREAMS": "4000", "TURNWIRE_MAX_QUEUE": "4000", "ASSEMBLYAI_API_KEY": "k" * 32}
 
 
