@@ -75,18 +75,19 @@ class MemorySubscription:
     def __init__(self) -> None:
         """Made by `MemoryBus.subscribe`."""
         self._events: deque[Event] = deque(maxlen=BACKLOG)
-        self._filled = asyncio.Event()
+        self._filled: asyncio.Future[None] | None = None
 
     def put(self, event: Event) -> None:
         """Called by the bus."""
         self._events.append(event)
-        self._filled.set()
+        if self._filled is not None and not self._filled.done():
+            self._filled.set_result(None)
 
     async def next(self) -> Event:
         """The next event."""
         while not self._events:
-            self._filled.clear()
-            await self._filled.wait()
+            self._filled = asyncio.get_running_loop().create_future()
+            await self._filled
         return self._events.popleft()
 
 
