@@ -72,6 +72,9 @@ class Upstream(Protocol):
 class BlobStore(Protocol):
     """Audio by key. Keys are job ids."""
 
+    read_seconds: int
+    """How much audio to read at once, and to have ahead: more where a read may take its time, or costs money."""
+
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
         """Store all or nothing, durable on return; the size in bytes. An exception of `chunks` passes through and
         leaves nothing behind.

@@ -389,6 +389,7 @@ class Shelf:
 
     def __init__(self, inner: BlobStore) -> None:
         self._inner = inner
+        self.read_seconds = inner.read_seconds
         self.failure: type[Exception] | None = None
         self.failed = 0
 

@@ -28,9 +28,9 @@ def mono(rate: int, seconds: float) -> WavInfo:
 
 
 @asynccontextmanager
-async def reading(read: Read, info: WavInfo) -> AsyncIterator[Source]:
+async def reading(read: Read, info: WavInfo, block_seconds: int = 1) -> AsyncIterator[Source]:
     """A source whose task runs."""
-    source = Source(read, info, 0, 0)
+    source = Source(read, info, 0, 0, block_seconds)
     task = asyncio.create_task(source.run())
     try:
         yield source
@@ -86,6 +86,27 @@ async def test_two_seconds_are_held_and_no_copy_of_them() -> None:
         finally:
             tracemalloc.stop()
     assert 32_000 < most < 64_000 + 8192
+
+
+async def test_a_slow_store_is_read_seldom_and_in_time() -> None:
+    """Blocks of four seconds, and one of them always ahead."""
+    info, asked, answer = mono(16_000, 40), [], asyncio.Event()
+
+    async def read(start: int, length: int) -> bytes:
+        asked.append(start)
+        if len(asked) > 2:
+            await answer.wait()
+        return bytes(length)
+
+    async with reading(read, info, 4) as source:
+        for second in range(8):
+            assert await taken(source, 32_000) == bytes(32_000), second
+            await asyncio.sleep(0.01)  # the reader looks how much is left
+            assert len(asked) == (2 if second < 4 else 3)
+        assert source.take(32_000) is None
+        answer.set()
+        await taken(source, 32_000)
+    assert asked[:3] == [HEAD, HEAD + 4 * 32_000, HEAD + 8 * 32_000]
 
 
 class Wire:

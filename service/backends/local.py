@@ -34,6 +34,8 @@ _NO_WAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux
 class LocalBlobs:
     """Audio files under one directory."""
 
+    read_seconds = 1
+
     def __init__(self, directory: Path) -> None:
         """Make the directory if it is not there."""
         self._directory = directory

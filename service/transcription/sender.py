@@ -1,7 +1,7 @@
 """Audio out: read ahead from the blob store, converted, and sent chunk by chunk when the pacer says so. Part of FLOOR
 3.
 
-`Source` reads off the event loop, a second of the file at a time, and holds one to two. `Sender.tick` runs on the
+`Source` reads off the event loop, a block at a time, and holds one to two. `Sender.tick` runs on the
 pacer's wheel and never waits: a chunk is there or it is tried again a tick later, and the schedule catches up gently.
 Positions are milliseconds of the file.
 """
@@ -47,15 +47,16 @@ class Source:
         info: WavInfo,
         channel: int | Literal["mix"],
         position_ms: int,
+        block_seconds: int = 1,
     ) -> None:
         """`read(start, length)` reads the file; `position_ms` may be anywhere in it."""
         self._read = read
         self._converter = Converter(info.format, channel)
         self._plain = not info.format.converted
-        # A second each; no chunk is longer. Blocks of one size, never joined: others would leave holes in the heap that
+        # No chunk is longer than a second. Blocks of one size, never joined: others would leave holes in the heap that
         # cost a thousand streams as much again.
-        self._block = info.format.sample_rate * info.format.frame_bytes
-        self._enough = info.format.upstream_rate * FRAME_BYTES
+        self._block = block_seconds * info.format.sample_rate * info.format.frame_bytes
+        self._enough = block_seconds * info.format.upstream_rate * FRAME_BYTES
         frame = position_ms * info.format.sample_rate // 1000
         self._at = info.data_start + frame * info.format.frame_bytes
         self._end = info.data_start + info.data_bytes

@@ -161,7 +161,7 @@ class ChannelStream:
         query = protocol.query(upstream_options(options), sample_rate=rate)
         self._conversation = Conversation(work.clock.now())
         self._conversation.deadline = float("inf")  # the backend bounds connecting itself
-        source = Source(self._read, work.info, self._pick, position_ms)
+        source = Source(self._read, work.info, self._pick, position_ms, work.blobs.read_seconds)
         reading: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(None) as self._limit, AsyncExitStack() as stack:
