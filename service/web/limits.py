@@ -18,7 +18,7 @@ from service.web.problems import problem
 
 PER_SECOND, BURST = 200.0, 4000.0
 MAX_STREAMS = 4000
-MAX_UPLOADS = 128  # each may hold a piece of 1 MiB
+MAX_UPLOADS = 128  # each may hold 2 MiB
 FREE_BYTES = 64 * 1024
 LONG_ROUND, LONGEST_REST = 0.004, 0.05  # seconds
 MAX_CALLERS = 10_000  # remembered; who is forgotten begins anew

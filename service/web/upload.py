@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope
 from service.core.errors import CallerError
 from service.core.options import clean_filename
 
-PIECE = 256 * 1024
+PIECE = 512 * 1024
 PARSED = 64 * 1024  # by the multipart parser at a time
 MAX_FIELDS = 100
 MAX_FIELD_BYTES = 8 * 1024
@@ -85,7 +85,7 @@ class UploadBody:
         return self._source.length if self._form is None else None
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The file's bytes as they arrive, at most 256 KiB at a time.
+        """The file's bytes as they arrive, at most 512 KiB at a time.
 
         Raises `CallerError` for what is wrong with the body and `ClientDisconnected` when it will never be complete.
         """
