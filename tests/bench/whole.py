@@ -18,9 +18,8 @@ from tests.bench.harness import cores, python, start, stop
 from tests.raw_upstream import CERTIFICATE
 from tests.wavs import wav_bytes
 
-SUBMITS_PER_SECOND = (
-    12  # the service takes twice as many; but what they cost must not look like lasting load to its guard
-)
+# The service takes more; but what uploads and beginnings cost must not look like lasting load to its guard.
+SUBMITS_PER_SECOND, BYTES_PER_SECOND = 12, 30e6
 BACKLOG = 20
 STANDSTILL = 15.0  # without another stream: once closed, the guard looks at five calm seconds before it opens
 SETTINGS = {"TURNWIRE_MAX_STREAMS": "4000", "TURNWIRE_MAX_QUEUE": "4000", "ASSEMBLYAI_API_KEY": "k" * 32}
@@ -50,7 +49,7 @@ class Whole:
                 wanted = self._streams - BACKLOG // 2
                 if (found := self.live(wanted)) < wanted:
                     return found  # what waits shows that it takes no more; more of it would only keep it busy
-            due = max(time.monotonic(), due + 1 / SUBMITS_PER_SECOND)
+            due = max(time.monotonic(), due + max(1 / SUBMITS_PER_SECOND, len(wav) / BYTES_PER_SECOND))
             time.sleep(max(0.0, due - time.monotonic()))
         return self.live(streams)
 
