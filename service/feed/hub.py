@@ -245,10 +245,9 @@ class Hub:
             if held and held[1].turn_order <= key.turn_order:
                 del self._partials[key.session_id]
         elif event.type == "session.lost":
-            session = _head(event.json).session_id or ""
-            if session is not None:  # None: it never began
-                self._final[session] = float("inf")
-                self._partials.pop(session, None)
+            session = _head(event.json).session_id or ""  # null where it never began
+            self._final[session] = float("inf")
+            self._partials.pop(session, None)
         elif event.type == "job.restarted" or event.terminal:
             self._partials.clear()
             self._progress = None
