@@ -14,13 +14,13 @@ from structlog.testing import capture_logs
 from service.backends.memory import MemoryQueue
 from service.core.errors import Unavailable
 from service.core.job import Claim
+from service.core.pacing import Schedule
 from service.intake import Intake
 from service.pacer import Pacer
 from service.ports import Clock, Delivery
 from service.runtime import database_url
 from service.sandbox import faults as f
 from service.store import Store, open_store
-from service.transcription.sender import Sender
 from service.worker import Worker, start_worker
 from tests.doubles import start
 from tests.kit import Kit, check, eventually, running, spoken
@@ -205,14 +205,14 @@ async def test_a_worker_that_wakes_from_a_long_sleep_sends_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its next chunk is due before it has time to learn anything."""
-    sent, advance = 0, Sender._advance
+    sent, padded = 0, Schedule.padded
 
-    def counted(sender: Sender) -> int:
+    def counted(schedule: Schedule, chunk: bytes) -> bytes:
         nonlocal sent
         sent += 1
-        return advance(sender)
+        return padded(schedule, chunk)
 
-    monkeypatch.setattr(Sender, "_advance", counted)
+    monkeypatch.setattr(Schedule, "padded", counted)
     async with idle(tmp_path) as kit, node(kit, alone=False, lease_s=1.0) as worker:
         job = await kit.submit(marked_wav(20_000))
         await kit.follow(job.id, until="turn.final")
