@@ -36,8 +36,8 @@ def test_upload(far: FarEnd, tmp_path: Path) -> None:
     upload.pace(report, far, upload.wav(tmp_path, 1.0), streams=1, seconds=0.5)
     report.write(tmp_path)
     uploads, pace = json.loads((tmp_path / "upload.json").read_text())["tables"]
-    assert [row[1] for row in uploads["rows"]] == ["ours", "UploadFile", "ours without SHA-256"]
-    assert all(row[2] > 0 for row in uploads["rows"][:2])
+    assert [row[1] for row in uploads["rows"]] == ["ours", "UploadFile", "UploadFile, bare", "ours without SHA-256"]
+    assert all(row[2] > 0 for row in uploads["rows"][:3])
     assert [row[0] for row in pace["rows"]] == ["nothing", "1 MB"]
 
 
