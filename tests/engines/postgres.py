@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,19 +81,33 @@ class Postgres(Engine):
         """Every session breaks off at once, and the next start recovers from the log."""
         self._end(signal.SIGQUIT)
 
+    def kill(self) -> None:
+        """SIGKILL to each of its processes: a busy session would go on for a while without the first one."""
+        sessions: list[int] = []
+        if self._process is not None and self.running():
+            self._process.send_signal(signal.SIGSTOP)  # it makes no new ones meanwhile
+            _, *sessions = self._processes()
+        super().kill()
+        for pid in sessions:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """SIGSTOP to each of its processes."""
-        assert self._process is not None
-        first = str(self._process.pid)
-        sessions = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-        for pid in (first, *sessions):
-            os.kill(int(pid), signal.SIGSTOP)
+        pids = self._processes()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            for pid in (first, *sessions):
-                os.kill(int(pid), signal.SIGCONT)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def _processes(self) -> list[int]:
+        assert self._process is not None
+        first = self._process.pid
+        return [first, *map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())]
 
     def url(self, name: str = "postgres") -> str:
         """Of a database, as `TURNWIRE_DATABASE_URL` wants it."""
