@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,6 +21,7 @@ import pytest
 
 from service.core.job import Event, Job
 from tests.e2e.cluster import Cluster, Engines, Node, check, cluster
+from tests.engines import Engine
 from tests.engines.nats import Nats
 from tests.engines.postgres import Postgres
 from tests.engines.s3 import S3
@@ -100,33 +101,29 @@ class Chaos:
 
     async def _nats_killed(self) -> None:
         nats = self.cluster.engines.nats
-        await asyncio.to_thread(nats.kill)
-        await asyncio.sleep(self.dice.uniform(0, 3))
-        await asyncio.to_thread(nats.start)
+        await self._without(nats, nats.kill)
 
     async def _nats_wiped(self) -> None:
         nats = self.cluster.engines.nats
-        await asyncio.to_thread(nats.wipe)
-        await asyncio.sleep(self.dice.uniform(0, 3))
-        await asyncio.to_thread(nats.start)
+        await self._without(nats, nats.wipe)
 
     async def _postgres_stopped(self) -> None:
         postgres = self.cluster.engines.postgres
-        await asyncio.to_thread(postgres.stop)
-        await asyncio.sleep(self.dice.uniform(0, 3))
-        await asyncio.to_thread(postgres.start)
+        await self._without(postgres, postgres.stop)
 
     async def _postgres_crashed(self) -> None:
         postgres = self.cluster.engines.postgres
-        await asyncio.to_thread(postgres.crash)
-        await asyncio.sleep(self.dice.uniform(0, 3))
-        await asyncio.to_thread(postgres.start)
+        await self._without(postgres, postgres.crash)
 
     async def _s3_away(self) -> None:
         s3 = self.cluster.engines.s3
-        await asyncio.to_thread(s3.kill)
-        await asyncio.sleep(self.dice.uniform(0, 4))
-        await asyncio.to_thread(s3.start)
+        await self._without(s3, s3.kill, at_most=4)
+
+    async def _without(self, engine: Engine, end: Callable[[], None], *, at_most: float = 3) -> None:
+        """Let `end` take the engine away, for so many seconds at most."""
+        await asyncio.to_thread(end)
+        await asyncio.sleep(self.dice.uniform(0, at_most))
+        await asyncio.to_thread(engine.start)
 
     async def settle(self, uploads: "Sequence[asyncio.Task[None]]", within: float) -> None:
         """No more uploads; until all jobs have ended."""
