@@ -261,7 +261,6 @@ class ChannelStream:
         self, ws: UpstreamSession, source: Source, schedule: Schedule, session: Session, folder: Folder
     ) -> None:
         work = self._work
-
         recorder, lease = work.recorder, work.lease
 
         def paused(now: float) -> bool:

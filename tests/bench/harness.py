@@ -47,9 +47,8 @@ def start(command: Sequence[str], core: int, **options: Any) -> subprocess.Popen
     def prepare() -> None:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a benchmark that is killed leaves nothing behind
         os.sched_setaffinity(0, {core})
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[
-            1
-        ]  # many are allowed fewer files than a thousand streams need
+        # Many are allowed fewer files than a thousand streams need.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     # Nothing here starts threads, which a function run in the child would not survive.
