@@ -93,15 +93,22 @@ class ObjectStore:
                 await upload.end(bytes(held))
             await asyncio.wait([upload.task])
         except BaseException:
-            if upload is not None and await upload.abandon():
-                with suppress(OurError, asyncio.CancelledError):
-                    await self.delete(key)
+            if upload is not None:
+                clearing = asyncio.ensure_future(self._clear(upload, key))
+                while not clearing.done():  # whatever else is cancelled meanwhile
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([clearing])
             raise
         try:
             upload.task.result()
         except ERRORS as exc:
             raise _ours(exc) from None
         return size
+
+    async def _clear(self, upload: "_Upload", key: str) -> None:
+        if await upload.abandoned_too_late():
+            with suppress(OurError):
+                await self.delete(key)
 
     async def read(self, key: str, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`."""
@@ -172,16 +179,12 @@ class _Upload:
         if not piece or await self.give(piece):
             await self.give(None)
 
-    async def abandon(self) -> bool:
-        """Have it aborted, whatever else is cancelled meanwhile; True if it was stored after all."""
+    async def abandoned_too_late(self) -> bool:
+        """Have it aborted; True if it was stored after all."""
         while not self._pieces.empty():
             self._pieces.get_nowait()
         self._pieces.put_nowait(RuntimeError("abandoned"))
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + ABORT_SECONDS
-        while not self.task.done() and loop.time() < deadline:
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([self.task], timeout=deadline - loop.time())
+        await asyncio.wait([self.task], timeout=ABORT_SECONDS)
         if not self.task.done():
             self.task.cancel()
             return False
