@@ -178,15 +178,8 @@ class Worker:
 
 def _chunks(real: float) -> tuple[int, int, int]:
     """Chunks sent so far, and those that were late and gravely so; `real` as of `Clock.real(1)`."""
-    total = in_time = bearable = 0
-    for sample in next(iter(metrics.chunk_lateness.collect())).samples:
-        if sample.name.endswith("_bucket"):
-            limit = float(sample.labels["le"]) * real
-            in_time = int(sample.value) if limit <= LATE_SECONDS else in_time
-            bearable = int(sample.value) if limit <= GRAVE_SECONDS else bearable
-        elif sample.name.endswith("_count"):
-            total = int(sample.value)
-    return total, total - in_time, total - bearable
+    lateness = metrics.chunk_lateness
+    return lateness.count, lateness.over(LATE_SECONDS / real), lateness.over(GRAVE_SECONDS / real)
 
 
 async def start_worker(runtime: Runtime, stack: AsyncExitStack) -> Worker:
