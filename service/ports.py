@@ -39,8 +39,8 @@ class UpstreamSession(Protocol):
     """
 
     @property
-    def buffered(self) -> int:
-        """Bytes accepted by `send` and not yet handed to the socket."""
+    def ready(self) -> bool:
+        """False while the peer takes less than it is sent, and once `failed`."""
 
     @property
     def failed(self) -> bool:
@@ -72,7 +72,7 @@ class Upstream(Protocol):
 class BlobStore(Protocol):
     """Audio by key. Keys are job ids."""
 
-    read_seconds: int
+    read_seconds: float
     """How much audio to read at once, and to have ahead: more where a read may take its time, or costs money."""
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:

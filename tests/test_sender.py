@@ -16,7 +16,7 @@ from service.core.wav import WavInfo
 from service.pacer import Pacer
 from service.ports import UpstreamSession
 from service.telemetry import metrics
-from service.transcription.sender import HIGH_WATER, Sender, Source
+from service.transcription.sender import Sender, Source
 from tests.doubles import LoopClock, leaping
 
 Read = Callable[[int, int], Awaitable[bytes]]
@@ -28,7 +28,7 @@ def mono(rate: int, seconds: float) -> WavInfo:
 
 
 @asynccontextmanager
-async def reading(read: Read, info: WavInfo, block_seconds: int = 1) -> AsyncIterator[Source]:
+async def reading(read: Read, info: WavInfo, block_seconds: float = 1) -> AsyncIterator[Source]:
     """A source whose task runs."""
     source = Source(read, info, 0, 0, block_seconds)
     task = asyncio.create_task(source.run())
@@ -119,8 +119,8 @@ class Wire:
         self.full = False
 
     @property
-    def buffered(self) -> int:
-        return HIGH_WATER + 1 if self.full else 0
+    def ready(self) -> bool:
+        return not self.full
 
     def send(self, _frame: bytes) -> None:
         self.sent += 1

@@ -143,9 +143,9 @@ class Session:
         self._error: ErrorFrame | None = None
 
     @property
-    def buffered(self) -> int:
+    def ready(self) -> bool:
         """See `ports.UpstreamSession`."""
-        return self._channel.buffered
+        return not (self._channel.stuck or self._channel.failed)
 
     @property
     def failed(self) -> bool:

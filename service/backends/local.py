@@ -34,7 +34,7 @@ _NO_WAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux
 class LocalBlobs:
     """Audio files under one directory."""
 
-    read_seconds = 1
+    read_seconds = 0.5
 
     def __init__(self, directory: Path) -> None:
         """Make the directory if it is not there."""

@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 class ObjectStore:
     """Audio under the prefix of a URL, one object a job. Enter it before use."""
 
-    read_seconds = 4
+    read_seconds = 4.0
 
     def __init__(self, url: str) -> None:
         """`url`: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`. Raises `Unavailable` when the

@@ -61,20 +61,15 @@ class Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         if self._ended:
             receiver.ended(self._error)
 
-    @property
-    def buffered(self) -> int:
-        """Bytes sent and not yet taken by the kernel."""
-        return self._transport.get_write_buffer_size()
-
     def send(self, data: bytes) -> None:
         """Write, or buffer what the kernel does not take. Never raises: the receiver is told of a failure."""
         if self._tls is None:
             self._write(data)
             return
         try:
-            rest = memoryview(data)
-            while rest:  # a record at a time
-                rest = rest[self._tls.write(rest) :]
+            written = self._tls.write(data)
+            while written < len(data):  # a record at a time
+                written += self._tls.write(memoryview(data)[written:])
         except ssl.SSLError as exc:
             self._break(exc)
         self._write(self._outgoing.read())

@@ -53,6 +53,7 @@ class Channel(AsyncWebSocketSession):
         self._wire: Stream = stream.get_extra_info("stream")
         self.end: SessionEnd | None = None
         self.failed = False
+        self.stuck = False  # more was pushed than the peer takes
         self._hung_up = asyncio.Event()  # the peer's Close was read, or nothing it says can be
         self._inbox: deque[bytes | str] = deque()
         self._inbox_bytes = 0
@@ -79,11 +80,6 @@ class Channel(AsyncWebSocketSession):
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def buffered(self) -> int:
-        """Bytes pushed and not yet taken by the kernel."""
-        return self._wire.buffered
-
     def push(self, message: bytes | str) -> None:
         """Send one message; dropped once `failed`."""
         if not self.failed:
@@ -91,6 +87,7 @@ class Channel(AsyncWebSocketSession):
 
     def blocked(self, blocked: bool) -> None:
         """The stream's high-water mark was passed, or is no longer."""
+        self.stuck = blocked
         if self._patience is not None:
             self._patience.cancel()
         if blocked:

@@ -21,7 +21,6 @@ from service.telemetry import metrics
 
 RETRY_SECONDS = 1.0
 TELL_SECONDS = 0.25  # what follows from a position is worked out as often, not for every chunk
-HIGH_WATER = 1 << 18  # bytes buffered towards a peer that does not read; it is given up on long before this grows
 
 
 async def read(
@@ -47,21 +46,21 @@ class Source:
         info: WavInfo,
         channel: int | Literal["mix"],
         position_ms: int,
-        block_seconds: int = 1,
+        block_seconds: float = 1,
     ) -> None:
         """`read(start, length)` reads the file; `position_ms` may be anywhere in it."""
         self._read = read
         self._converter = Converter(info.format, channel)
         self._plain = not info.format.converted
-        # No chunk is longer than a second. Blocks of one size, never joined: others would leave holes in the heap that
-        # cost a thousand streams as much again.
-        self._block = block_seconds * info.format.sample_rate * info.format.frame_bytes
-        self._enough = block_seconds * info.format.upstream_rate * FRAME_BYTES
+        # Blocks of one size, never joined: others would leave holes in the heap that cost a thousand streams as much
+        # again.
+        self._block = int(block_seconds * info.format.sample_rate) * info.format.frame_bytes
+        self._enough = int(block_seconds * info.format.upstream_rate) * FRAME_BYTES
         frame = position_ms * info.format.sample_rate // 1000
         self._at = info.data_start + frame * info.format.frame_bytes
         self._end = info.data_start + info.data_bytes
         self._blocks: deque[bytes] = deque()
-        self._taken = 0  # of the first block
+        self._taken = 0  # of the first
         self._left = 0  # of all
         self._low = asyncio.Event()
         self._low.set()
@@ -91,19 +90,27 @@ class Source:
     def take(self, size: int) -> bytes | None:
         """The next `size` bytes; fewer only at the end, empty after it; None if the disk has not delivered yet."""
         if self._left < size and not self.complete:
+            self._enough = max(self._enough, size)  # a chunk may be longer than a block
+            self._low.set()
             return None
-        chunk = b""
+        chunk = self._next(size)
         while self._blocks and len(chunk) < size:
-            block, end = self._blocks[0], self._taken + size - len(chunk)
-            chunk += block[self._taken : end]
-            self._taken = end
-            if end >= len(block):
-                self._blocks.popleft()
-                self._taken = 0
+            chunk += self._next(size - len(chunk))
         self._left -= len(chunk)
         if self._left < self._enough:
             self._low.set()
         return chunk
+
+    def _next(self, size: int) -> bytes:
+        """Up to `size` bytes of the first block."""
+        if not self._blocks:
+            return b""
+        block, start = self._blocks[0], self._taken
+        self._taken = end = start + size
+        if end >= len(block):
+            self._blocks.popleft()
+            self._taken = 0
+        return block[start:end]
 
     def exhausted(self) -> bool:
         """Nothing more will come."""
@@ -164,33 +171,35 @@ class Sender:
     def tick(self, now: float) -> float | None:
         """Called by the pacer when a chunk, or the end, is due."""
         try:
-            return self._step(now)
+            if not self._session.ready or self._paused(now):
+                return self._later(now)
+            chunk = self._source.take(self._schedule.chunk_bytes)
+            if chunk:
+                return self._send(chunk, now)
+            if chunk is None:
+                return now + TICK
+            self._ended()
         except Exception as exc:
             self._broke(exc)  # the pacer would only drop it, and the job would stream nothing for ever
             raise
+        return None
 
-    def _step(self, now: float) -> float | None:
-        assert self.start is not None
+    def _later(self, now: float) -> float | None:
         if self._session.failed:
             return None
-        if self._source.exhausted():
-            self._ended()
-            return None
-        if self._paused(now) or self._session.buffered > HIGH_WATER:
-            self._due = now + self._schedule.chunk_seconds
-            return self._due
-        chunk = self._source.take(self._schedule.chunk_bytes)
-        if chunk is None:
-            return now + TICK
-        if chunk:
-            # Against its own plan: a stream that makes up for an outage is behind the recording, and yet in time.
-            metrics.chunk_lateness.observe(max(0.0, now - self._due))
-            self._session.send(self._schedule.padded(chunk))
-            self._chunk += 1
-            self._bytes += len(chunk)
-            if now >= self._tell_at:
-                self._tell_at = now + TELL_SECONDS
-                self._sent(now)
+        self._due = now + self._schedule.chunk_seconds
+        return self._due
+
+    def _send(self, chunk: bytes, now: float) -> float:
+        # Against its own plan: a stream that makes up for an outage is behind the recording, and yet in time.
+        metrics.chunk_lateness.observe(now - self._due)
+        self._session.send(self._schedule.padded(chunk))
+        self._chunk += 1
+        self._bytes += len(chunk)
+        if now >= self._tell_at:
+            self._tell_at = now + TELL_SECONDS
+            self._sent(now)
+        assert self.start is not None
         if self._source.exhausted():
             return max(now, self.start + self._schedule.seconds(self._bytes))
         self._due = self._schedule.next_send(self._chunk, start=self.start, sent_at=now)
