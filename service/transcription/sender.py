@@ -20,7 +20,7 @@ from service.ports import BlobStore, Clock, UpstreamSession
 from service.telemetry import metrics
 
 RETRY_SECONDS = 1.0
-TELL_SECONDS = 0.25  # what follows from a position is worked out as often, not for every chunk
+LOOK_SECONDS = 0.25  # whether to pause, and what follows from a position, is looked at as often, not for every chunk
 
 
 async def read(
@@ -134,8 +134,9 @@ class Sender:
         ended: Callable[[], None],
         broke: Callable[[Exception], None],
     ) -> None:
-        """`paused(now)`: nothing may be sent now. `sent(now)` every `TELL_SECONDS`; `ended()` when the last chunk would
-        have been spoken. `broke(exc)`: something raised, and nothing more will be sent.
+        """`paused(now)`: nothing may be sent. It and `sent(now)` are called each `LOOK_SECONDS`, and first by a process
+        that slept for longer. `ended()` when the last chunk would have been spoken. `broke(exc)`: something raised, and
+        nothing more will be sent.
         """
         self._session = session
         self._source = source
@@ -151,7 +152,7 @@ class Sender:
         self._bytes = 0
         self._timer: Timer | None = None
         self._due = 0.0  # when the next chunk is to go
-        self._tell_at = 0.0
+        self._look_at = 0.0
         self.start: float | None = None
 
     def begin(self, pacer: Pacer, start: float) -> None:
@@ -171,18 +172,23 @@ class Sender:
     def tick(self, now: float) -> float | None:
         """Called by the pacer when a chunk, or the end, is due."""
         try:
-            if not self._session.ready or self._paused(now):
+            looking = now >= self._look_at
+            if not self._session.ready or (looking and self._paused(now)):
                 return self._later(now)
             chunk = self._source.take(self._schedule.chunk_bytes)
-            if chunk:
-                return self._send(chunk, now)
             if chunk is None:
                 return now + TICK
-            self._ended()
+            if not chunk:
+                self._ended()
+                return None
+            again = self._send(chunk, now)
+            if looking:
+                self._look_at = now + LOOK_SECONDS
+                self._sent(now)
+            return again
         except Exception as exc:
             self._broke(exc)  # the pacer would only drop it, and the job would stream nothing for ever
             raise
-        return None
 
     def _later(self, now: float) -> float | None:
         if self._session.failed:
@@ -196,9 +202,6 @@ class Sender:
         self._session.send(self._schedule.padded(chunk))
         self._chunk += 1
         self._bytes += len(chunk)
-        if now >= self._tell_at:
-            self._tell_at = now + TELL_SECONDS
-            self._sent(now)
         assert self.start is not None
         if self._source.exhausted():
             return max(now, self.start + self._schedule.seconds(self._bytes))
