@@ -239,7 +239,7 @@ class Intake:
         if record is not None and record.job.status == Status.PROCESSING:
             if not await self.store.request_cancel(job_id):
                 return await self.cancel(job_id)  # it was handed back, or it ended, a moment ago
-            await self.bus.publish(f"control.{job_id}", hint(job_id, CANCEL))
+            self.bus.publish(f"control.{job_id}", hint(job_id, CANCEL))
         return record
 
     async def retry(self, job_id: str, *, from_start: bool) -> Record | None:
@@ -283,14 +283,14 @@ class Intake:
         newest = await self.store.newest_seq(job_id)
         if newest is not None:
             for event in await self.store.events_after(job_id, newest - 1):
-                await self.bus.publish(f"events.{job_id}", event)
+                self.bus.publish(f"events.{job_id}", event)
 
     async def delete(self, job_id: str) -> bool:
         """Remove a job, running or not, with its audio; whether there was one. The rows doom audio that will not go."""
         if not await self.store.delete(job_id):
             return False
-        await self.bus.publish(f"control.{job_id}", hint(job_id, CANCEL))
-        await self.bus.publish(f"events.{job_id}", hint(job_id, DELETED))
+        self.bus.publish(f"control.{job_id}", hint(job_id, CANCEL))
+        self.bus.publish(f"events.{job_id}", hint(job_id, DELETED))
         try:
             await self.blobs.delete(job_id)
         except OurError as exc:

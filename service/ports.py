@@ -5,7 +5,7 @@ outside world (Clock, Upstream). The store has none: one implementation serves b
 doorbells: what they lose costs latency only.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -131,15 +131,12 @@ class Bus(Protocol):
     `control.<job id>`.
     """
 
-    async def publish(self, topic: str, event: Event) -> None:
-        """Tell whoever listens now. Never raises for a broken bus and never waits for a listener."""
+    def publish(self, topic: str, event: Event) -> None:
+        """Tell whoever listens now. Never raises for a broken bus."""
 
-    def subscribe(self, topic: str) -> AbstractAsyncContextManager["Subscription"]:
-        """Entered means: everything published from now on is seen, or lost like on any bus."""
+    def subscribe(self, topic: str, hear: Callable[[Event], None]) -> AbstractAsyncContextManager[None]:
+        """Call `hear` with each event until the context is left. Entered means: everything published from now on is
+        heard, or lost like on any bus.
 
-
-class Subscription(Protocol):
-    """A bounded buffer of what was published to one topic."""
-
-    async def next(self) -> Event:
-        """The next event."""
+        It may be called inside `publish`: it must not raise, and leaves what takes time to a task.
+        """

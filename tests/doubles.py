@@ -6,11 +6,11 @@ import asyncio
 import random
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from service.core.job import Audio, Event, Job, Progress, Session, Status, Turn, TurnWord, links, make_event
-from service.ports import Bus, Subscription
+from service.ports import Bus
 from service.store import Record, Store, Write
 
 T = TypeVar("T")
@@ -89,33 +89,35 @@ class LossyBus:
         self._drop, self._double, self._hold = drop, double, hold
         self._held: list[tuple[str, Event]] = []
 
-    async def publish(self, topic: str, event: Event) -> None:
+    def publish(self, topic: str, event: Event) -> None:
         if self._dice.random() >= self._drop:
             for _ in range(1 + (self._dice.random() < self._double)):
                 self._held.append((topic, event))
         self._dice.shuffle(self._held)
         while self._held and self._dice.random() >= self._hold:
-            await self._inner.publish(*self._held.pop())
+            self._inner.publish(*self._held.pop())
 
-    def subscribe(self, topic: str) -> Any:
-        return self._inner.subscribe(topic)
+    def subscribe(self, topic: str, hear: Callable[[Event], None]) -> AbstractAsyncContextManager[None]:
+        return self._inner.subscribe(topic, hear)
 
 
 class DeafBus:
     """A bus that brings nothing at all, as a broker that is down."""
 
-    async def publish(self, topic: str, event: Event) -> None:
+    def publish(self, topic: str, event: Event) -> None:
         """Lost."""
 
     @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[Subscription]:
-        yield _Silence()
+    async def subscribe(self, topic: str, hear: Callable[[Event], None]) -> AsyncIterator[None]:
+        yield
 
 
-class _Silence:
-    async def next(self) -> Event:
-        await asyncio.get_running_loop().create_future()
-        raise AssertionError
+@asynccontextmanager
+async def listening(bus: Bus, topic: str) -> AsyncIterator[asyncio.Queue[Event]]:
+    """What is published to `topic` meanwhile."""
+    heard: asyncio.Queue[Event] = asyncio.Queue()
+    async with bus.subscribe(topic, heard.put_nowait):
+        yield heard
 
 
 # --- EventSource, after https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation ---

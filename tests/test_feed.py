@@ -19,12 +19,12 @@ from service.core.job import DELETED, LISTENING, Closed, Event, Stage, Status, h
 from service.core.transcript import Folder
 from service.feed import Feed, audience
 from service.feed.audience import Push
-from service.feed.hub import PAGE, TAIL, WARY
+from service.feed.hub import BACKLOG, PAGE, TAIL, WARY
 from service.ports import Bus
 from service.runtime import SystemClock
 from service.store import Store
 from service.transcription.recorder import Recorder
-from tests.doubles import DeafBus, LossyBus, a_session, add_job, an_event, append, start, until
+from tests.doubles import DeafBus, LossyBus, a_session, add_job, an_event, append, listening, start, until
 
 FAST = SystemClock(100)  # a silence of five seconds is over in fifty milliseconds
 
@@ -318,7 +318,7 @@ async def test_live_events_come_without_reading_the_log(store: Store) -> None:
     await add_job(store)
     async with following(feed, "j1") as seen:
         for event in await append(store, "j1", *[("job.warning", {"n": n}) for n in range(20)]):
-            await bus.publish("events.j1", event)
+            bus.publish("events.j1", event)
         hub = await _hub(feed, "j1")
         await until(lambda: hub.last == 21 and len(seen) == 21)
     assert ids(seen) == list(range(1, 22))
@@ -333,6 +333,47 @@ async def test_a_silent_bus_is_checked_against_the_log(store: Store) -> None:
     assert ids(seen) == [1, 2, 3]
 
 
+async def test_what_comes_while_the_log_is_looked_into_waits_and_takes_a_bounded_space(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = MemoryBus()
+    feed = Feed(store, bus, FAST)
+    await add_job(store)
+    newest_seq, there = store.newest_seq, asyncio.Event()
+
+    async def slow(job_id: str) -> int | None:
+        await there.wait()
+        return await newest_seq(job_id)
+
+    async with following(feed, "j1") as seen:
+        hub = await _hub(feed, "j1")
+        monkeypatch.setattr(store, "newest_seq", slow)
+        await until(lambda: bool(hub.looking))
+        log = await append(store, "j1", *[("job.warning", {})] * (BACKLOG + 100))
+        for event in log:
+            bus.publish("events.j1", event)
+        assert hub.last == 1
+        assert len(hub._missed) == BACKLOG
+        there.set()
+        await until(lambda: len(seen) == len(log) + 1)
+    assert ids(seen) == [*range(1, len(log) + 2)]
+
+
+async def test_an_event_that_cannot_be_taken_is_no_matter_of_its_publisher(store: Store) -> None:
+    bus = MemoryBus()
+    await add_job(store)
+    feed = Feed(store, bus, SystemClock())
+    follower = feed.follow("j1")
+    await anext(follower)
+    waiting = asyncio.create_task(anext(follower))
+    hub = await _hub(feed, "j1")
+    await until(functools.partial(_waits, hub))
+    bus.publish("events.j1", an_event("j1", None, "turn.partial", after_seq=1, turn="not one"))
+    with pytest.raises(msgspec.ValidationError):
+        await waiting
+    assert not bus._topics
+
+
 async def test_a_lost_final_is_fetched_as_soon_as_anything_says_that_it_exists(store: Store) -> None:
     """A speaker who goes on for a minute must not hide for a minute that the bus lost the final before."""
     bus = MemoryBus()
@@ -340,7 +381,7 @@ async def test_a_lost_final_is_fetched_as_soon_as_anything_says_that_it_exists(s
     await add_job(store)
     async with following(feed, "j1") as seen:
         await append(store, "j1", ("turn.final", {"turn": {"session_id": "s", "turn_order": 0}}))
-        await bus.publish("events.j1", partial("s", 1, after_seq=2))
+        bus.publish("events.j1", partial("s", 1, after_seq=2))
         await until(lambda: len(seen) == 3)
     assert [event.type for event in seen] == ["job.status", "turn.final", "turn.partial"]
 
@@ -363,9 +404,9 @@ async def test_late_partials_are_dropped(store: Store) -> None:
         ]
         for step, late in steps:
             for event in await append(store, "j1", step):
-                await bus.publish("events.j1", event)
-            await bus.publish("events.j1", late)
-        await bus.publish("events.j1", partial("u", 0, after_seq=4))
+                bus.publish("events.j1", event)
+            bus.publish("events.j1", late)
+        bus.publish("events.j1", partial("u", 0, after_seq=4))
         await until(lambda: len(seen) == 5)
     assert [event.type for event in seen] == [
         "job.status",
@@ -383,7 +424,7 @@ async def test_progress_never_goes_back_but_starts_again_after_a_restart(store: 
     await add_job(store)
 
     async def tell(sent_ms: int, after_seq: int) -> None:
-        await bus.publish(
+        bus.publish(
             "events.j1", an_event("j1", None, "job.progress", after_seq=after_seq, sent_ms=sent_ms, total_ms=9000)
         )
 
@@ -391,9 +432,9 @@ async def test_progress_never_goes_back_but_starts_again_after_a_restart(store: 
         hub = await _hub(feed, "j1")
         for sent_ms, after_seq in [(2000, 1), (1000, 1), (3000, 1)]:
             await tell(sent_ms, after_seq)
-            await until(lambda: not any(s._events for s in bus._topics["events.j1"]) and bool(hub.audience._waiting))
+            await until(lambda: hub.audience.has_all(1))
         (restarted,) = await append(store, "j1", ("job.restarted", {"from_turn": 0}))
-        await bus.publish("events.j1", restarted)
+        bus.publish("events.j1", restarted)
         await tell(9000, 1)  # of the run before, late
         await tell(500, 2)
         await until(lambda: b":500," in seen[-1].json)
@@ -409,8 +450,8 @@ async def test_a_late_follower_gets_the_current_partial_at_once(store: Store) ->
     feed = Feed(store, bus, FAST)
     await add_job(store)
     async with following(feed, "j1") as seen:
-        await bus.publish("events.j1", partial("s", 0, after_seq=1, text="one"))
-        await bus.publish("events.j1", partial("s", 0, after_seq=1, text="one two"))
+        bus.publish("events.j1", partial("s", 0, after_seq=1, text="one"))
+        bus.publish("events.j1", partial("s", 0, after_seq=1, text="one two"))
         await until(lambda: len(seen) >= 2)
         late = await take(feed, "j1", until=2)
         assert [event.type for event in late] == ["job.status", "turn.partial"]
@@ -420,8 +461,8 @@ async def test_a_late_follower_gets_the_current_partial_at_once(store: Store) ->
 async def test_the_first_follower_asks_for_the_current_partial(store: Store) -> None:
     bus = MemoryBus()
     await add_job(store)
-    async with bus.subscribe("control.j1") as control, following(Feed(store, bus, FAST), "j1"):
-        assert (await control.next()).type == LISTENING
+    async with listening(bus, "control.j1") as control, following(Feed(store, bus, FAST), "j1"):
+        assert (await control.get()).type == LISTENING
 
 
 async def test_a_slow_follower_reads_the_log_and_gets_partials_merged(store: Store) -> None:
@@ -432,8 +473,8 @@ async def test_a_slow_follower_reads_the_log_and_gets_partials_merged(store: Sto
     first = await anext(slow)
     async with following(feed, "j1") as quick:
         for n, event in enumerate(await append(store, "j1", *[("job.warning", {})] * (TAIL + 50))):
-            await bus.publish("events.j1", event)
-            await bus.publish("events.j1", partial("s", 0, after_seq=n + 2, text=f"text {n}"))
+            bus.publish("events.j1", event)
+            bus.publish("events.j1", partial("s", 0, after_seq=n + 2, text=f"text {n}"))
             await asyncio.sleep(0)
         await until(lambda: bool(quick) and b"text 305" in quick[-1].json)
     got = [first]
@@ -457,7 +498,7 @@ async def test_what_all_have_seen_is_kept_no_longer(store: Store) -> None:
         for _ in range(20):
             await until(lambda: hub.audience.has_all(2))
             (event,) = await append(store, "j1", ("job.warning", {}))
-            await bus.publish("events.j1", event)
+            bus.publish("events.j1", event)
             await until(functools.partial(_at, hub, event))
             assert len(hub._tail) == 1
         await until(lambda: hub.audience.has_all(2))
@@ -472,7 +513,7 @@ async def test_a_deleted_job_ends_its_streams(store: Store) -> None:
     for feed in (told, untold):
         await until(functools.partial(_waits, await _hub(feed, "j1")))
     await store.delete("j1")
-    await bus.publish("events.j1", hint("j1", DELETED))
+    bus.publish("events.j1", hint("j1", DELETED))
     async with asyncio.timeout(5):
         assert [ids(seen) for seen in await asyncio.gather(*streams)] == [[1], [1]]
 
@@ -484,7 +525,7 @@ async def test_a_job_deleted_while_a_follower_was_busy_ends_its_stream(store: St
     stream = feed.follow("j1")
     await anext(stream)
     await store.delete("j1")
-    await bus.publish("events.j1", hint("j1", DELETED))
+    bus.publish("events.j1", hint("j1", DELETED))
     hub = await _hub(feed, "j1")
     await until(lambda: hub.over)
     async with asyncio.timeout(5):
@@ -506,7 +547,7 @@ async def test_a_burst_to_many_followers_lets_others_run(store: Store) -> None:
     hub = await _hub(feed, "j1")
     await until(lambda: len(hub.audience._waiting) == 500)
     (event,) = await append(store, "j1", ("job.warning", {}))
-    await bus.publish("events.j1", event)
+    bus.publish("events.j1", event)
     while not all(task.done() for task in tasks):
         await asyncio.sleep(0)
         turn += 1
@@ -550,14 +591,14 @@ async def test_who_takes_what_is_new_is_not_woken_and_nobody_gets_it_twice(store
 
     async with offered(feed, take_it, break_down, lambda _: False, take_it) as left:
         for event in await append(store, "j1", ("job.warning", {}), ("job.warning", {})):
-            await bus.publish("events.j1", event)
-        await bus.publish("events.j1", partial("s", 0, after_seq=3))
+            bus.publish("events.j1", event)
+        bus.publish("events.j1", partial("s", 0, after_seq=3))
         await until(lambda: [len(events) for events in left] == [1, 4, 4, 1])
         assert ids(left[1]) == ids(left[2]) == [1, 2, 3]
         assert [[event.seq for event in page] for page in taken] == [[2, 3, None]] * 2
         assert taken[0] is taken[1], "put together once"
         (end,) = await append(store, "j1", ("job.failed", {}), status=Status.FAILED)
-        await bus.publish("events.j1", end)
+        bus.publish("events.j1", end)
         await until(lambda: [events[-1].seq for events in left] == [4, 4, 4, 4] and not feed._hubs)
 
 
@@ -574,7 +615,7 @@ async def test_a_burst_to_many_who_take_it_lets_others_run(store: Store, monkeyp
 
     async with offered(feed, *[take_it] * 100):
         (event,) = await append(store, "j1", ("job.warning", {}))
-        await bus.publish("events.j1", event)
+        bus.publish("events.j1", event)
         while len(told) < 100:
             await asyncio.sleep(0)
             turn += 1

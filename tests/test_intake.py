@@ -18,11 +18,10 @@ from service.backends.memory import MemoryBus, MemoryQueue
 from service.core.errors import AudioMissing, CallerError, InvalidAudio, Unavailable
 from service.core.job import CANCEL, DELETED, TERMINAL, Claim, Event, Gap, Job, Status
 from service.intake import Intake, begin_claim, new_id
-from service.ports import Subscription
 from service.runtime import SystemClock
 from service.store import MAX_STRIKES, Record, Store, Write
 from tests import wavs
-from tests.doubles import a_job, a_session, a_turn, add_job, an_event, until
+from tests.doubles import a_job, a_session, a_turn, add_job, an_event, listening, until
 
 CLOCK = SystemClock()
 GOOD = wavs.wav_bytes(frames=16_000)
@@ -94,9 +93,9 @@ def office(store: Store, tmp_path: Path) -> Office:
     return Office(intake, store, queue, bus, tmp_path / "audio")
 
 
-async def heard(subscription: Subscription) -> Event:
+async def heard(queue: asyncio.Queue[Event]) -> Event:
     async with asyncio.timeout(5):
-        return await subscription.next()
+        return await queue.get()
 
 
 # --- accepting -------------------------------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ async def test_an_upload_cancelled_at_any_moment_is_there_whole_or_not_at_all(of
 
 async def test_a_queued_job_is_canceled_in_the_answer_and_again(office: Office) -> None:
     job = await office.accept()
-    async with office.bus.subscribe(f"events.{job.id}") as events:
+    async with listening(office.bus, f"events.{job.id}") as events:
         for _ in range(2):
             record = await office.intake.cancel(job.id)
             assert record is not None
@@ -246,7 +245,7 @@ async def test_a_queued_job_is_canceled_in_the_answer_and_again(office: Office) 
 async def test_a_running_job_is_asked_over_the_bus_and_in_the_database(office: Office) -> None:
     job = await office.accept()
     held = await office.claim(job.id)
-    async with office.bus.subscribe(f"control.{job.id}") as control:
+    async with listening(office.bus, f"control.{job.id}") as control:
         record = await office.intake.cancel(job.id)
         assert (await heard(control)).type == CANCEL
     assert record is not None
@@ -375,7 +374,10 @@ async def _account(office: Office) -> Any:
 async def test_a_deleted_job_is_gone_with_its_audio_and_everyone_is_told(office: Office) -> None:
     job = await office.accept()
     held = await office.claim(job.id)
-    async with office.bus.subscribe(f"control.{job.id}") as control, office.bus.subscribe(f"events.{job.id}") as events:
+    async with (
+        listening(office.bus, f"control.{job.id}") as control,
+        listening(office.bus, f"events.{job.id}") as events,
+    ):
         assert await office.intake.delete(job.id)
         assert (await heard(control)).type == CANCEL
         assert (await heard(events)).type == DELETED

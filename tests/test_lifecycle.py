@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 
 from service.backends.memory import MemoryBus
 from service.core.errors import AudioMissing, CallerError, Unavailable
-from service.core.job import Job
-from service.ports import BlobStore, Subscription
+from service.core.job import Event, Job
+from service.ports import BlobStore
 from service.runtime import SystemClock, open_runtime
 from service.sandbox import faults as f
 from service.worker import start_worker
@@ -439,12 +440,12 @@ async def test_a_cancel_takes_effect_while_the_audio_store_is_away(tmp_path: Pat
 async def test_a_bus_that_cannot_be_subscribed_to_costs_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subscribe, refused = MemoryBus.subscribe, 0
 
-    def away(bus: MemoryBus, topic: str) -> AbstractAsyncContextManager[Subscription]:
+    def away(bus: MemoryBus, topic: str, hear: Callable[[Event], None]) -> AbstractAsyncContextManager[None]:
         nonlocal refused
         if topic.startswith("control."):
             refused += 1
             raise Unavailable
-        return subscribe(bus, topic)
+        return subscribe(bus, topic, hear)
 
     monkeypatch.setattr(MemoryBus, "subscribe", away)
     async with running(tmp_path) as kit:

@@ -18,7 +18,7 @@ from service.runtime import SystemClock
 from service.store import Busy, Store
 from service.transcription import recorder as module
 from service.transcription.recorder import Recorder
-from tests.doubles import a_job, a_session, a_turn, add_job, an_event, append, start, until
+from tests.doubles import a_job, a_session, a_turn, add_job, an_event, append, listening, start, until
 
 CLOCK = SystemClock()
 
@@ -29,6 +29,7 @@ class Desk:
     def __init__(self, store: Store, bus: MemoryBus, claim: Claim) -> None:
         self.recorder = Recorder(claim, store, bus, CLOCK)
         self.told: list[Event] = []
+        self.heard: asyncio.Queue[Event] = asyncio.Queue()
         self.looking = False
 
     def bodies(self, *types: str) -> list[dict[str, Any]]:
@@ -49,10 +50,10 @@ async def recording(store: Store, *, claim: Claim | None = None, slow: bool = Fa
         claim = claimed
     desk = Desk(store, bus, claim)
 
-    async def listen() -> None:
-        async with bus.subscribe("events.j1") as subscription:
+    async def note() -> None:
+        async with listening(bus, "events.j1") as desk.heard:
             while True:
-                event = await subscription.next()
+                event = await desk.heard.get()
                 desk.looking = True
                 if event.seq is not None:
                     kept = await store.newest_seq("j1")
@@ -61,18 +62,17 @@ async def recording(store: Store, *, claim: Claim | None = None, slow: bool = Fa
                 desk.looking = False
 
     async with asyncio.timeout(20):
-        listening = asyncio.create_task(listen())
+        noting = asyncio.create_task(note())
         await until(lambda: bool(bus._topics))
         writing = None if slow else asyncio.create_task(desk.recorder.run())
         yield desk
         desk.recorder.close()
         await (writing or desk.recorder.run())
-        (subscription,) = bus._topics["events.j1"]
-        await until(lambda: listening.done() or not (subscription._events or desk.looking))
-        listening.cancel()
-        await asyncio.wait([listening])
-        if not listening.cancelled():
-            listening.result()
+        await until(lambda: noting.done() or (desk.heard.empty() and not desk.looking))
+        noting.cancel()
+        await asyncio.wait([noting])
+        if not noting.cancelled():
+            noting.result()
 
 
 def final(turn: Turn) -> Folded:
@@ -210,10 +210,22 @@ async def test_a_partial_that_is_over_is_never_told_again(store: Store, over: Ca
 
 async def test_a_partial_of_the_next_turn_outlives_a_late_final_of_the_one_before(store: Store) -> None:
     async with recording(store, slow=True) as desk:
+        desk.recorder.stage(Stage.STREAMING)
         desk.recorder.folded(partial(1, "next"))
         desk.recorder.folded(final(a_turn(0)))
-    assert desk.types() == ["turn.final", "turn.partial"]
+    assert desk.types() == ["job.status", "turn.final", "turn.partial"]
     assert desk.bodies("turn.partial")[0]["turn"]["index"] == 1
+
+
+async def test_a_partial_is_told_at_once_where_nothing_waits_to_be_kept(store: Store) -> None:
+    async with recording(store) as desk:
+        await settled(desk)
+        desk.recorder.folded(partial(0))
+        assert desk.heard.qsize() == 1
+        desk.recorder.folded(final(a_turn(0)))
+        desk.recorder.folded(partial(1))
+        assert desk.heard.qsize() == 1
+    assert desk.types() == ["turn.partial", "turn.final", "turn.partial"]
 
 
 async def test_a_new_listener_is_told_the_open_partials_again(store: Store) -> None:

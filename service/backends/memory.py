@@ -1,19 +1,16 @@
 """JobQueue and Bus inside one process. FLOOR 3.
 
 The queue remembers which jobs were announced and not yet taken, so that ringing twice costs nothing. The bus hands
-the very same `Event` to every subscriber: what was encoded once is never encoded again. A subscriber that falls
-behind loses the oldest; whoever reads closes the gap from the store.
+the very same `Event` to every listener, there and then: what was encoded once is never encoded again, and no task is
+woken for it.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from service.core.job import Event
-from service.ports import Clock, Delivery, Subscription
-
-BACKLOG = 1000
+from service.ports import Clock, Delivery
 
 
 class MemoryDelivery:
@@ -69,49 +66,26 @@ class MemoryQueue:
         return "in this process"
 
 
-class MemorySubscription:
-    """A bounded buffer; the oldest goes first when it is full."""
-
-    def __init__(self) -> None:
-        """Made by `MemoryBus.subscribe`."""
-        self._events: deque[Event] = deque(maxlen=BACKLOG)
-        self._filled: asyncio.Future[None] | None = None
-
-    def put(self, event: Event) -> None:
-        """Called by the bus."""
-        self._events.append(event)
-        if self._filled is not None and not self._filled.done():
-            self._filled.set_result(None)
-
-    async def next(self) -> Event:
-        """The next event."""
-        while not self._events:
-            self._filled = asyncio.get_running_loop().create_future()
-            await self._filled
-        return self._events.popleft()
-
-
 class MemoryBus:
     """Topics and who listens to them."""
 
     def __init__(self) -> None:
         """Nobody listens yet."""
-        self._topics: dict[str, set[MemorySubscription]] = {}
+        self._topics: dict[str, list[Callable[[Event], None]]] = {}
 
-    async def publish(self, topic: str, event: Event) -> None:
+    def publish(self, topic: str, event: Event) -> None:
         """Hand `event` to everyone listening now."""
-        for subscription in self._topics.get(topic, ()):
-            subscription.put(event)
+        for hear in self._topics.get(topic, ()):
+            hear(event)
 
     @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[Subscription]:
+    async def subscribe(self, topic: str, hear: Callable[[Event], None]) -> AsyncIterator[None]:
         """Listen until the context ends."""
-        subscription = MemorySubscription()
-        self._topics.setdefault(topic, set()).add(subscription)
+        self._topics.setdefault(topic, []).append(hear)
         try:
-            yield subscription
+            yield
         finally:
             listeners = self._topics[topic]
-            listeners.discard(subscription)
+            listeners.remove(hear)
             if not listeners:
                 del self._topics[topic]

@@ -1,8 +1,9 @@
 """One job and process: what the bus and the store tell of it, put in order. Part of FLOOR 3.
 
-Listens before it reads how far the log is. A durable event is taken when it is the next; any sign of one that did not
-come, and any silence, is a reason to look into the log, soon again where the bus is known to lose. A database that is
-away is asked again until it is back.
+Listens before it reads how far the log is. What the bus brings is taken as it is published, a durable event when it is
+the next; any sign of one that did not come, and any silence, is a reason for the hub's task to look into the log, soon
+again where the bus is known to lose. What is heard meanwhile waits. A database that is away is asked again until it is
+back.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import msgspec
 from service.core.errors import Unavailable
 from service.core.job import BEHIND, DELETED, LISTENING, Event, hint
 from service.feed.audience import Audience, News, Position, Rounds
-from service.ports import Bus, Clock, Subscription
+from service.ports import Bus, Clock
 from service.store import Store
 
 TAIL = 256
@@ -23,6 +24,7 @@ PAGE = 100
 SILENCE_SECONDS = 5.0
 RETRY_SECONDS = 1.0  # while the database is away; and instead of a silence, where the bus is known to lose
 WARY = 10  # so many looks into the log have to find nothing before the bus is trusted again
+BACKLOG = 1000  # events kept while the log is looked into; of more than those the oldest are read in it
 
 
 class _Key(msgspec.Struct):
@@ -64,13 +66,18 @@ class Hub:
         self._progress: tuple[int, int, Event] | None = None  # version, sent_ms, event
         self._reading: dict[int, asyncio.Task[Sequence[Event]]] = {}  # pages of the log that followers wait for
         self._floor = 0  # what followed an older event is of a run that is over, or from before this hub
+        self._loop = asyncio.get_running_loop()
+        self._heard_at = self._loop.time()
+        self._missed: list[Event] = []  # heard and not taken: the log comes first
+        self._must_look = asyncio.Event()
+        self._must_look.set()
         self._task = asyncio.create_task(self._listen(), name=f"feed-{job_id}")
 
     # --- followers ----------------------------------------------------------------------------------------------------
 
     def tail_after(self, seq: int) -> Sequence[Event]:
         """The events after `seq` if the tail has them."""
-        first = self._tail[0].seq if self._tail else None
+        first = self._tail[0].seq if self._tail and seq < self.last else None
         if first is None or seq + 1 < first:
             return ()
         return [self._tail[i] for i in range(seq + 1 - first, min(len(self._tail), seq + 1 - first + PAGE))]
@@ -144,13 +151,10 @@ class Hub:
 
     async def _listen(self) -> None:
         try:
-            async with self._bus.subscribe(f"events.{self._job_id}") as subscription:
+            async with self._bus.subscribe(f"events.{self._job_id}", self._hear):
                 while not self._gone:
                     try:
-                        if self.ready.is_set():
-                            await self._take(subscription)
-                        else:
-                            await self._begin()
+                        await (self._look() if self.ready.is_set() else self._begin())
                     except Unavailable:
                         self.wary = WARY
                         if await self._stops_within(RETRY_SECONDS):
@@ -158,6 +162,46 @@ class Hub:
         finally:
             self.ready.set()
             self.audience.wake()
+
+    def _hear(self, event: Event) -> None:
+        """Called by the bus, in the midst of whatever its publisher does."""
+        self._heard_at = self._loop.time()
+        if not self._must_look.is_set():
+            try:
+                if self._take(event):
+                    return
+            except Exception:  # noqa: BLE001, S110 - the publisher must not suffer; the task will meet it again
+                pass
+        self._missed.append(event)
+        del self._missed[:-BACKLOG]
+        self._must_look.set()
+
+    def _take(self, event: Event) -> bool:
+        """Whether all is well: False for the first event that tells of one that did not come."""
+        if event.seq == self.last + 1:
+            self._durable(event)
+        elif event.type == BEHIND or max(event.seq or 0, event.after_seq) > self.last:
+            return False  # it was committed before anyone was told of what follows it
+        elif event.type == DELETED:
+            self._leave()
+        elif event.seq is None:
+            self._ephemeral(event)
+        return True
+
+    async def _trust(self) -> None:
+        """Take what was heard meanwhile, then what the bus brings, until it has lost something or is silent."""
+        self._must_look.clear()
+        missed, self._missed = self._missed, []
+        for event in missed:
+            self._hear(event)
+        patience = self._clock.real(RETRY_SECONDS if self.wary else SILENCE_SECONDS)
+        self._heard_at = self._loop.time()
+        while (until := self._heard_at + patience) > self._loop.time():  # a timer for each event would cost more
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._must_look.wait()
+                    return
+        self._must_look.set()
 
     async def _begin(self) -> None:
         """Followers replay from the store by themselves; the hub needs the newest event only, to know whether the job
@@ -168,45 +212,24 @@ class Hub:
         await self._read_up_to(newest)
         self._floor = self.last
         self.ready.set()
-        await self._bus.publish(f"control.{self._job_id}", hint(self._job_id, LISTENING))
+        self._bus.publish(f"control.{self._job_id}", hint(self._job_id, LISTENING))
 
-    async def _take(self, subscription: Subscription) -> None:
-        """What the bus brings, until it is silent or has lost something; then what the store has."""
-        event = await self._lost(subscription)
+    async def _look(self) -> None:
+        """What the bus brings, as long as it can be trusted; then what the store has."""
+        await self._trust()
         if self._gone:
             return
+        sign = self._missed.pop(0) if self._missed else None  # what told of a loss
         before = self.last
         self.looking = True
         try:
             await self._read_up_to(await self._newest())
         finally:
             self.looking = False
-            self.audience.wake()  # for those who came meanwhile; the loop's next turn finds what the bus has brought
+            self.audience.wake()  # for those who came meanwhile; they are told in the loop's next turn
         self.wary = WARY if self.last > before else max(0, self.wary - 1)
-        if event is not None and event.seq is None and event.type != BEHIND:
-            self._ephemeral(event)
-
-    async def _lost(self, subscription: Subscription) -> Event | None:
-        """Take events. The first that tells of one that did not come, or None after a silence."""
-        loop = asyncio.get_running_loop()
-        patience = self._clock.real(RETRY_SECONDS if self.wary else SILENCE_SECONDS)
-        heard = loop.time()
-        while (until := heard + patience) > loop.time():  # a timer for each event would cost more than the event
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
-                    while not self._gone:
-                        event = await subscription.next()
-                        heard = loop.time()
-                        if event.seq == self.last + 1:
-                            self._durable(event)
-                        elif event.type == BEHIND or max(event.seq or 0, event.after_seq) > self.last:
-                            return event  # it was committed before anyone was told of what follows it
-                        elif event.type == DELETED:
-                            self._leave()
-                        elif event.seq is None:
-                            self._ephemeral(event)
-                    return None
-        return None
+        if sign is not None and sign.seq is None and sign.type != BEHIND:
+            self._ephemeral(sign)
 
     async def _newest(self) -> int:
         newest = await self._store.newest_seq(self._job_id)
@@ -216,6 +239,7 @@ class Hub:
 
     def _leave(self) -> None:
         self._gone = True
+        self._must_look.set()
         self.audience.wake()
 
     async def _read_up_to(self, newest: int) -> None:

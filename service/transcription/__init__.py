@@ -18,7 +18,7 @@ import structlog
 
 from service.core.coverage import coverage
 from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, StorageFull, TurnwireError, Unavailable
-from service.core.job import CANCEL, LISTENING, Claim, Closed, Failure, Job, Stage, Status, channels
+from service.core.job import CANCEL, LISTENING, Claim, Closed, Event, Failure, Job, Stage, Status, channels
 from service.core.wav import WavInfo, WavParser
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, Upstream
@@ -107,15 +107,16 @@ class Transcriber:
             log.warning("the queue could not be told that a job goes on", job_id=job_id, error=str(exc))
 
     async def _hear(self, recorder: Recorder, control: Control) -> None:
+        def hear(event: Event) -> None:
+            if event.type == CANCEL:
+                control.ask("cancel")
+            elif event.type == LISTENING:
+                recorder.tell_again()
+
         while True:
             with suppress(Unavailable):  # the job goes on without the bus; the renewal brings word of a cancel
-                async with self.bus.subscribe(f"control.{recorder.job.id}") as subscription:
-                    while True:
-                        event = await subscription.next()
-                        if event.type == CANCEL:
-                            control.ask("cancel")
-                        elif event.type == LISTENING:
-                            recorder.tell_again()
+                async with self.bus.subscribe(f"control.{recorder.job.id}", hear):
+                    await asyncio.get_running_loop().create_future()
             await self.clock.sleep(RENEW_SECONDS)
 
     async def _work(self, recorder: Recorder, control: Control, lease: Lease) -> End:

@@ -2,8 +2,9 @@
 
 The recorder owns the job while a claim lives. Each change is applied to the job in memory and encoded as an event at
 once; a single task commits what has gathered and only then publishes it, so nothing is ever shown that could still be
-lost. Partials and progress follow the durable events they came after; of several partials of a session only the
-newest is told. While the database is away changes gather up to a bound; then `congested` asks the senders to pause.
+lost. Partials and progress follow the durable events they came after: a partial is told at once where nothing waits to
+be committed, else once that is, and of several of a session only the newest. While the database is away changes gather
+up to a bound; then `congested` asks the senders to pause.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from service.core.job import (
     Claim,
     Closed,
     Coverage,
+    Event,
     Failure,
     Notice,
     Partial,
@@ -106,7 +108,7 @@ class Recorder:
         turn = folded.turn
         if isinstance(turn, Partial):
             self._partials[turn.session_id] = self._current[turn.session_id] = turn
-            self._wake.set()
+            self._tell_partials()
             return
         if folded.kind == "turn.final":
             current = self._current.get(turn.session_id)
@@ -178,35 +180,38 @@ class Recorder:
         while True:
             if self._write.events:
                 await self._commit()
-            elif self._partials:
-                await self._publish_partials()
-            elif self._closing:
+                continue
+            self._settled = True
+            self._tell_partials()
+            if self._closing:
                 return
-            else:
-                self._settled = True
-                self._wake.clear()
-                await self._wake.wait()
+            self._wake.clear()
+            await self._wake.wait()
 
     async def _commit(self) -> None:
         write, self._write = self._write, Write(self.job)
         self._pending_bytes = 0
-        after, self._committed = self._committed, self._committed + len(write.events)
-        await self._store.write(self._claim, write, after_seq=after)
+        await self._store.write(self._claim, write, after_seq=self._committed)
+        self._committed += len(write.events)
         for event in write.events:
-            await self._bus.publish(self._topic, event)
-            _counted(event.type).inc()
+            self._publish(event)
 
-    async def _publish_partials(self) -> None:
-        partials, self._partials = self._partials, {}
-        for partial in partials.values():
+    def _tell_partials(self) -> None:
+        """At once, or when what they follow has been committed."""
+        if not self._settled:
+            return
+        for partial in self._partials.values():
             partial.index = self.job.turn_count
-            await self._publish("turn.partial", {"turn": partial})
+            self._tell("turn.partial", {"turn": partial})
+        self._partials.clear()
 
-    async def _publish(self, kind: str, payload: dict[str, Any]) -> None:
-        await self._bus.publish(
-            self._topic, make_event(self.job.id, None, kind, self._clock.utc_ms(), payload, after_seq=self._committed)
-        )
-        _counted(kind).inc()
+    def _tell(self, kind: str, payload: dict[str, Any]) -> None:
+        at_ms = self._clock.utc_ms()
+        self._publish(make_event(self.job.id, None, kind, at_ms, payload, after_seq=self._committed))
+
+    def _publish(self, event: Event) -> None:
+        self._bus.publish(self._topic, event)
+        _counted(event.type).inc()
 
     async def renew(self, lease_s: float) -> bool:
         """Extend the claim, keep the progress, and only then tell it. True: a cancel was requested. Raises `Fenced`."""
@@ -219,13 +224,13 @@ class Recorder:
                 return False
             raise
         if settled and self.job.stage == Stage.STREAMING:
-            await self._publish("job.progress", progress)
+            self._tell("job.progress", progress)
         return cancel
 
     def tell_again(self) -> None:
         """Somebody has begun to listen: tell the open partials once more."""
         self._partials |= self._current
-        self._wake.set()
+        self._tell_partials()
 
     def close(self) -> None:
         """Let `run` return when all is written."""

@@ -68,7 +68,12 @@ def event(job: int, at: float, kind: str = "turn.partial") -> Event:
 
 
 async def ours_publisher(url: str, stack: AsyncExitStack) -> Callable[[str, Event], Awaitable[None]]:
-    return (await stack.enter_async_context(NatsBroker(url))).bus.publish
+    bus = (await stack.enter_async_context(NatsBroker(url))).bus
+
+    async def publish(where: str, one: Event) -> None:
+        bus.publish(where, one)
+
+    return publish
 
 
 async def stock_publisher(url: str, stack: AsyncExitStack) -> Callable[[str, Event], Awaitable[None]]:
@@ -85,9 +90,8 @@ async def ours_subscriber(url: str, stack: AsyncExitStack, handle: Handle) -> No
     bus = (await stack.enter_async_context(NatsBroker(url))).bus
 
     async def follow(job: int) -> None:
-        async with bus.subscribe(topic(job)) as subscription:
-            while True:
-                handle(await subscription.next())
+        async with bus.subscribe(topic(job), handle):
+            await asyncio.Event().wait()
 
     tasks = [asyncio.create_task(follow(job)) for job in range(JOBS)]
     stack.callback(lambda: [task.cancel() for task in tasks])

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.backends.memory import BACKLOG, MemoryBus
+from service.backends.memory import MemoryBus
 from service.backends.nats import NatsBroker
 from service.core.job import Event, hint
-from service.ports import Bus, Subscription
-from tests.doubles import an_event
+from service.ports import Bus
+from tests.doubles import an_event, listening
 from tests.engines.nats import Nats
 
 BUSES = ["memory", "nats"]
@@ -31,15 +31,15 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
             yield broker.bus
 
 
-async def received(subscription: Subscription, count: int) -> list[Event]:
+async def received(heard: asyncio.Queue[Event], count: int) -> list[Event]:
     async with asyncio.timeout(5):
-        return [await subscription.next() for _ in range(count)]
+        return [await heard.get() for _ in range(count)]
 
 
-async def nothing_more(subscription: Subscription) -> bool:
+async def nothing_more(heard: asyncio.Queue[Event]) -> bool:
     try:
         async with asyncio.timeout(0.05):
-            await subscription.next()
+            await heard.get()
     except TimeoutError:
         return True
     return False
@@ -47,10 +47,10 @@ async def nothing_more(subscription: Subscription) -> bool:
 
 async def test_everyone_who_listens_gets_what_is_published_from_then_on(bus: Bus) -> None:
     before, durable, ephemeral = an_event("j1", 1), an_event("j1", 2, "turn.final"), an_event("j1", None, after_seq=2)
-    await bus.publish("events.j1", before)
-    async with bus.subscribe("events.j1") as one, bus.subscribe("events.j1") as other:
+    bus.publish("events.j1", before)
+    async with listening(bus, "events.j1") as one, listening(bus, "events.j1") as other:
         for event in (durable, ephemeral, hint("j1", "deleted")):
-            await bus.publish("events.j1", event)
+            bus.publish("events.j1", event)
         for subscription in (one, other):
             assert await received(subscription, 3) == [durable, ephemeral, hint("j1", "deleted")]
             assert await nothing_more(subscription)
@@ -58,12 +58,12 @@ async def test_everyone_who_listens_gets_what_is_published_from_then_on(bus: Bus
 
 async def test_topics_are_apart(bus: Bus) -> None:
     async with (
-        bus.subscribe("events.j1") as events,
-        bus.subscribe("control.j1") as control,
-        bus.subscribe("events.j2") as others,
+        listening(bus, "events.j1") as events,
+        listening(bus, "control.j1") as control,
+        listening(bus, "events.j2") as others,
     ):
-        await bus.publish("control.j1", hint("j1", "cancel"))
-        await bus.publish("events.j2", an_event("j2", 1))
+        bus.publish("control.j1", hint("j1", "cancel"))
+        bus.publish("events.j2", an_event("j2", 1))
         assert (await received(control, 1))[0].type == "cancel"
         assert (await received(others, 1))[0].job_id == "j2"
         assert await nothing_more(events)
@@ -71,63 +71,37 @@ async def test_topics_are_apart(bus: Bus) -> None:
 
 async def test_an_event_arrives_with_its_bytes_and_its_place(bus: Bus) -> None:
     sent = an_event("j1", None, "turn.partial", after_seq=7, turn={"transcript": "a\u2028b\r\n\0"})
-    async with bus.subscribe("events.j1") as subscription:
-        await bus.publish("events.j1", sent)
+    async with listening(bus, "events.j1") as subscription:
+        bus.publish("events.j1", sent)
         (got,) = await received(subscription, 1)
     assert (got.job_id, got.seq, got.type, got.json, got.sse, got.after_seq) == (
         sent.job_id, sent.seq, sent.type, sent.json, sent.sse, 7,
     )  # fmt: skip
 
 
-async def test_who_waits_is_woken(bus: Bus) -> None:
-    async with bus.subscribe("events.j1") as subscription:
-        waiting = asyncio.create_task(received(subscription, 2))
-        for seq in (1, 2):
-            await asyncio.sleep(0)
-            await bus.publish("events.j1", an_event("j1", seq))
-        assert [event.seq for event in await waiting] == [1, 2]
-
-
-async def test_a_cancelled_wait_loses_nothing(bus: Bus) -> None:
-    async with bus.subscribe("events.j1") as subscription:
-        assert await nothing_more(subscription)
-        await bus.publish("events.j1", an_event("j1", 1))
-        assert [event.seq for event in await received(subscription, 1)] == [1]
-
-
-async def test_a_listener_who_does_not_read_holds_nobody_up_and_loses_the_oldest(bus: Bus) -> None:
-    async with bus.subscribe("events.j1") as idle, bus.subscribe("events.j1") as busy:
-        async with asyncio.timeout(5):
-            for seq in range(1, BACKLOG + 501):
-                await bus.publish("events.j1", an_event("j1", seq))
-                assert (await busy.next()).seq == seq
-        kept = [event.seq for event in await received(idle, BACKLOG)]
-    assert kept == list(range(501, BACKLOG + 501))
-
-
 async def test_who_has_left_is_forgotten(bus: Bus) -> None:
     for _ in range(3):
         with pytest.raises(RuntimeError, match="left"):
-            async with bus.subscribe("events.j1"):
+            async with listening(bus, "events.j1"):
                 raise RuntimeError("left")
-    await bus.publish("events.j1", an_event("j1", 1))
-    async with bus.subscribe("events.j1") as subscription:
+    bus.publish("events.j1", an_event("j1", 1))
+    async with listening(bus, "events.j1") as subscription:
         assert await nothing_more(subscription)
 
 
 async def test_the_memory_bus_keeps_no_topic_without_a_listener() -> None:
     bus = MemoryBus()
-    async with bus.subscribe("events.j1"), bus.subscribe("events.j1"):
+    async with listening(bus, "events.j1"), listening(bus, "events.j1"):
         pass
     assert not bus._topics
-    await bus.publish("events.j1", an_event("j1", 1))
+    bus.publish("events.j1", an_event("j1", 1))
     assert not bus._topics
 
 
 async def test_the_memory_bus_hands_on_the_very_event() -> None:
     """What was encoded once is never encoded again."""
     bus, sent = MemoryBus(), an_event("j1", 1)
-    async with bus.subscribe("events.j1") as one, bus.subscribe("events.j1") as other:
-        await bus.publish("events.j1", sent)
-        assert await one.next() is sent
-        assert await other.next() is sent
+    async with listening(bus, "events.j1") as one, listening(bus, "events.j1") as other:
+        bus.publish("events.j1", sent)
+        assert await one.get() is sent
+        assert await other.get() is sent

@@ -21,8 +21,8 @@ from nats.js.api import StreamConfig
 from service.backends.nats import NatsBroker, connection, queue
 from service.core.errors import Unavailable
 from service.core.job import BEHIND, Event
-from service.ports import Delivery, Subscription
-from tests.doubles import an_event
+from service.ports import Delivery
+from tests.doubles import an_event, listening
 from tests.engines.nats import Nats
 
 LOOPS = {"uvloop": uvloop.new_event_loop}  # what the service runs on; the contracts of queue and bus run on asyncio's
@@ -59,12 +59,12 @@ def restart(server: Nats, end: Callable[[], None]) -> None:
     server.start()
 
 
-async def heard(broker: NatsBroker, subscription: Subscription, topic: str = "events.j1") -> None:
+async def heard(broker: NatsBroker, subscription: asyncio.Queue[Event], topic: str = "events.j1") -> None:
     """What is published now arrives."""
     sent = an_event("j1", uuid.uuid4().int >> 80)
     async with asyncio.timeout(10):
-        await broker.bus.publish(topic, sent)
-        while await subscription.next() != sent:
+        broker.bus.publish(topic, sent)
+        while await subscription.get() != sent:
             pass
 
 
@@ -111,9 +111,9 @@ async def test_a_process_starts_and_works_while_the_server_is_away_and_finds_it_
     server.stop()
     began = time.monotonic()
     with structlog.testing.capture_logs() as logs:
-        async with NatsBroker(server.url) as broker, broker.bus.subscribe("events.j1") as subscription:
+        async with NatsBroker(server.url) as broker, listening(broker.bus, "events.j1") as subscription:
             for n in range(1000):
-                await broker.bus.publish("events.j1", an_event("j1", n))
+                broker.bus.publish("events.j1", an_event("j1", n))
                 await broker.queue.announce("j1", n)
             waiting = asyncio.create_task(delivered(broker))
             await refused(broker, "nobody listens")
@@ -131,7 +131,7 @@ async def test_a_server_that_is_killed_loses_no_job_and_is_found_again(server: N
     await broker.queue.announce("waits", 0)
     held = await delivered(broker)
     assert held.job_id == "held"
-    async with broker.bus.subscribe("events.j1") as one, broker.bus.subscribe("control.j1") as other:
+    async with listening(broker.bus, "events.j1") as one, listening(broker.bus, "control.j1") as other:
         await reconnected(broker, lambda: restart(server, server.kill))
         await heard(broker, one)
         await heard(broker, other, "control.j1")
@@ -186,10 +186,10 @@ async def test_nobody_waits_for_a_server_that_hangs_and_little_is_kept_for_it(
     monkeypatch.setattr(connection, "SILENT_SECONDS", 1.0)
     held = broker._keeper.connection
     assert held is not None
-    async with broker.bus.subscribe("events.j1") as subscription:
+    async with listening(broker.bus, "events.j1") as subscription:
         with server.paused():
             for n in range(20_000):
-                await broker.bus.publish("events.j1", an_event("j1", n, text="x" * 1000))
+                broker.bus.publish("events.j1", an_event("j1", n, text="x" * 1000))
                 await broker.queue.announce("j1", n)
                 if n % 100 == 0:
                     await asyncio.sleep(0)
@@ -197,7 +197,7 @@ async def test_nobody_waits_for_a_server_that_hangs_and_little_is_kept_for_it(
             assert kept is not None
             assert kept.get_write_buffer_size() <= connection.BUFFER_BYTES + 200_000
             async with asyncio.timeout(10):
-                async with broker.bus.subscribe("events.j2"):
+                async with listening(broker.bus, "events.j2"):
                     pass
                 with pytest.raises(Unavailable):
                     await broker.queue.check()
@@ -211,24 +211,24 @@ async def test_nobody_waits_for_a_server_that_hangs_and_little_is_kept_for_it(
 
 async def test_a_short_pause_costs_nothing_but_time(server: Nats, broker: NatsBroker) -> None:
     held = broker._keeper.connection
-    async with broker.bus.subscribe("events.j1") as subscription:
+    async with listening(broker.bus, "events.j1") as subscription:
         with server.paused():
             for n in range(100):
-                await broker.bus.publish("events.j1", an_event("j1", n))
+                broker.bus.publish("events.j1", an_event("j1", n))
             await asyncio.sleep(0.5)
         async with asyncio.timeout(10):
-            assert [(await subscription.next()).seq for _ in range(100)] == list(range(100))
+            assert [(await subscription.get()).seq for _ in range(100)] == list(range(100))
     assert broker._keeper.connection is held
 
 
 async def test_closing_does_not_wait_for_a_server_that_hangs(server: Nats) -> None:
     broker = NatsBroker(server.url)
     async with asyncio.timeout(10):
-        async with broker, broker.bus.subscribe("events.j1"):
+        async with broker, listening(broker.bus, "events.j1"):
             waiting = asyncio.create_task(broker.queue.next())
             with server.paused():
                 for n in range(20_000):
-                    await broker.bus.publish("events.j1", an_event("j1", n, text="x" * 1000))
+                    broker.bus.publish("events.j1", an_event("j1", n, text="x" * 1000))
                     if n % 100 == 0:
                         await asyncio.sleep(0)
                 await broker.__aexit__()
@@ -315,7 +315,7 @@ async def test_ringing_for_what_waits_or_is_worked_on_makes_no_second_delivery_o
 
 async def test_garbage_ends_no_subscription(server: Nats, broker: NatsBroker) -> None:
     client = await nats.connect(server.url)
-    async with broker.bus.subscribe("events.j1") as subscription:
+    async with listening(broker.bus, "events.j1") as subscription:
         for garbage in (b"", b"\x00", b"{}", b"\xff" * 100, b"\x95\x01\x02\x03\x04\x05", b"\xdd\xff\xff\xff\xff"):
             await client.publish("turnwire.events.j1", garbage)
             await client.publish("turnwire.events.j1", garbage, headers={"a": "b"})
@@ -329,24 +329,22 @@ async def test_of_an_event_too_large_followers_learn_that_there_is_more_to_read(
 ) -> None:
     large = "x" * (1 << 20)
     after = an_event("j1", 8)
-    async with broker.bus.subscribe("events.j1") as subscription, asyncio.timeout(10):
-        await broker.bus.publish(
-            "events.j1", an_event("j1", None, after_seq=6, text=large)
-        )  # a partial: the next will do
-        await broker.bus.publish("events.j1", an_event("j1", 7, text=large))
-        await broker.bus.publish("events.j1", after)
-        told = await subscription.next()
+    async with listening(broker.bus, "events.j1") as subscription, asyncio.timeout(10):
+        broker.bus.publish("events.j1", an_event("j1", None, after_seq=6, text=large))  # a partial: the next will do
+        broker.bus.publish("events.j1", an_event("j1", 7, text=large))
+        broker.bus.publish("events.j1", after)
+        told = await subscription.get()
         assert (told.job_id, told.seq, told.type) == ("j1", None, BEHIND)
-        assert await subscription.next() == after
+        assert await subscription.get() == after
 
 
 async def test_a_newer_release_may_say_more(server: Nats, broker: NatsBroker) -> None:
     import msgspec
 
     client = await nats.connect(server.url)
-    async with broker.bus.subscribe("events.j1") as subscription, asyncio.timeout(10):
+    async with listening(broker.bus, "events.j1") as subscription, asyncio.timeout(10):
         await client.publish("turnwire.events.j1", msgspec.msgpack.encode(["j1", 3, "new", b"{}", 0, {"more": 1}]))
-        assert await subscription.next() == Event("j1", 3, "new", b"{}")
+        assert await subscription.get() == Event("j1", 3, "new", b"{}")
     await client.close()
 
 
@@ -356,12 +354,12 @@ async def test_the_server_holds_one_subscription_per_topic_however_many_listen(
     held = broker._keeper.connection
     assert held is not None
     before = len(held._handlers)
-    async with broker.bus.subscribe("events.j1"):
-        async with broker.bus.subscribe("events.j1") as other, broker.bus.subscribe("events.j1"):
+    async with listening(broker.bus, "events.j1"):
+        async with listening(broker.bus, "events.j1") as other, listening(broker.bus, "events.j1"):
             assert len(held._handlers) == before + 1
         assert len(held._handlers) == before + 1
         await asyncio.sleep(0)
-        assert not other._events  # type: ignore[attr-defined]
+        assert other.empty()
     assert len(held._handlers) == before
     assert not broker.bus._topics
 
@@ -381,7 +379,7 @@ async def test_credentials_come_in_the_url_and_are_shown_nowhere(
 ) -> None:
     with Nats(authorization=authorization) as server, structlog.testing.capture_logs() as logs:
         right, wrong = (server.url.replace("//", f"//{one}@") for one in (login, login[:-3]))
-        async with NatsBroker(right) as broker, broker.bus.subscribe("events.j1") as subscription:
+        async with NatsBroker(right) as broker, listening(broker.bus, "events.j1") as subscription:
             await heard(broker, subscription)
         monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.2)
         async with NatsBroker(wrong) as broker:
@@ -423,6 +421,6 @@ async def test_tls_is_used_where_it_is_asked_for_and_nothing_is_told_without_it(
 @pytest.mark.usefixtures("hasty")
 async def test_without_jetstream_the_bus_works_and_the_check_says_what_is_missing() -> None:
     with Nats(jetstream=False) as server:
-        async with NatsBroker(server.url) as broker, broker.bus.subscribe("events.j1") as subscription:
+        async with NatsBroker(server.url) as broker, listening(broker.bus, "events.j1") as subscription:
             await heard(broker, subscription)
             await refused(broker, "JetStream is not enabled")

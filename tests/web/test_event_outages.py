@@ -92,7 +92,7 @@ async def test_a_stream_outlives_the_database_and_the_bus(cluster: Served, engin
     async def happen(count: int = 1, status: Status | None = None) -> None:
         kind = "job.completed" if status else "job.warning"
         for event in await append(store, job_id, *[(kind, {})] * count, status=status):
-            await bus.publish(f"events.{job_id}", event)
+            bus.publish(f"events.{job_id}", event)
 
     await add_job(store, job_id)
     async with following(cluster, job_id) as stream:

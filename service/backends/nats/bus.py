@@ -1,22 +1,18 @@
 """Bus over core NATS. FLOOR 3.
 
 One subscription of the server per topic and process, however many listen to it; an event is decoded once for all of
-them. A subscriber that falls behind loses the oldest; whoever reads closes the gap from the store.
+them, and heard as it is read from the socket.
 """
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
 from service.backends.nats.connection import Connection, Keeper
 from service.core.job import BEHIND, Event, hint
-from service.ports import Subscription
 
 SUBSCRIBE_SECONDS = 2.0
-BACKLOG = 1000  # events kept for a subscriber who does not read
 
 
 class _Wire(msgspec.Struct, array_like=True, gc=False):
@@ -42,7 +38,7 @@ class NatsBus:
         self._prefix = prefix
         self._topics: dict[str, _Topic] = {}
 
-    async def publish(self, topic: str, event: Event) -> None:
+    def publish(self, topic: str, event: Event) -> None:
         """Send, or drop. Of an event too large to send its followers are told that there is something to read."""
         connection = self._keeper.connection
         if connection is None:
@@ -50,27 +46,26 @@ class NatsBus:
         data = _encode((event.job_id, event.seq, event.type, event.json, event.after_seq))
         if len(data) > connection.max_payload:
             if event.seq is not None:
-                await self.publish(topic, hint(event.job_id, BEHIND))
+                self.publish(topic, hint(event.job_id, BEHIND))
             return
         connection.send(f"{self._prefix}.{topic}", data)
 
     @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[Subscription]:
+    async def subscribe(self, topic: str, hear: Callable[[Event], None]) -> AsyncIterator[None]:
         """Listen until the context ends; with the broker away entered all the same, and heard from its return on."""
-        subscription = NatsSubscription()
         listened = self._topics.get(topic)
         if listened is None:
             listened = self._topics[topic] = _Topic()
             if self._keeper.connection is not None:
                 self._listen(self._keeper.connection, topic, listened)
-        listened.listeners.add(subscription)
+        listened.listeners.append(hear)
         try:
             if self._keeper.connection is not None:
                 with suppress(TimeoutError):
                     await self._keeper.connection.round_trip(SUBSCRIBE_SECONDS)
-            yield subscription
+            yield
         finally:
-            listened.listeners.discard(subscription)
+            listened.listeners.remove(hear)
             if not listened.listeners:
                 del self._topics[topic]
                 if self._keeper.connection is not None:
@@ -94,7 +89,7 @@ class NatsBus:
 class _Topic:
     def __init__(self) -> None:
         self.sid = 0
-        self.listeners: set[NatsSubscription] = set()
+        self.listeners: list[Callable[[Event], None]] = []
 
     def arrived(self, _subject: str, _reply: str, data: bytes, _headers: bytes | None) -> None:
         try:
@@ -102,26 +97,5 @@ class _Topic:
         except msgspec.DecodeError:  # ValidationError is one
             return  # none of ours; it must not end the subscription
         event = Event(wire.job_id, wire.seq, wire.type, wire.json, wire.after_seq)
-        for subscription in self.listeners:
-            subscription.put(event)
-
-
-class NatsSubscription:
-    """A bounded buffer; the oldest goes first when it is full."""
-
-    def __init__(self) -> None:
-        """Made by `NatsBus.subscribe`."""
-        self._events: deque[Event] = deque(maxlen=BACKLOG)
-        self._filled = asyncio.Event()
-
-    def put(self, event: Event) -> None:
-        """Called when an event arrives."""
-        self._events.append(event)
-        self._filled.set()
-
-    async def next(self) -> Event:
-        """The next event."""
-        while not self._events:
-            self._filled.clear()
-            await self._filled.wait()
-        return self._events.popleft()
+        for hear in self.listeners:
+            hear(event)
