@@ -67,17 +67,8 @@ class AssemblyAI:
     @asynccontextmanager
     async def connect(self, query: str) -> AsyncIterator["Session"]:
         """See `ports.Upstream.connect`."""
-        failure: BaseException | None = None
         async with AsyncExitStack() as stack:
-            channel = await self._open(stack, query)
-            try:
-                yield Session(channel, self._limits)
-            except asyncio.CancelledError:
-                raise  # passes through the task group unwrapped
-            except BaseException as exc:  # noqa: BLE001  raised again below, outside the task group that would wrap it
-                failure = exc
-        if failure is not None:
-            raise failure
+            yield Session(await self._open(stack, query), self._limits)
 
     async def _open(self, stack: AsyncExitStack, query: str) -> Channel:
         assert self._client is not None, "enter AssemblyAI before connecting"

@@ -112,8 +112,19 @@ class Transport(httpx.AsyncBaseTransport):
             with anyio.CancelScope(shield=True):
                 await connection.aclose()
             raise
-        body = _Body(connection, response)
+        upgraded = response.status == 101
+        body = _Upgraded(response.extensions["network_stream"]) if upgraded else _Body(connection, response)
         return httpx.Response(response.status, headers=response.headers, stream=body, extensions=response.extensions)
+
+
+class _Upgraded(httpx.AsyncByteStream):
+    """No body, and of the connection only its stream: what httpcore keeps besides would last as long as the session."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class _Body(httpx.AsyncByteStream):

@@ -1,6 +1,6 @@
 """A websocket that cannot hang, lose a close code or grow unbounded: httpx-ws with its weak parts replaced. FLOOR 3.
 
-httpx-ws does the handshake, holds the session open and, with wsproto, minds the close. Replaced, each pinned by a test
+httpx-ws does the handshake and, with wsproto, minds the close. Replaced, each pinned by a test
 in tests/contracts/test_httpx_ws.py: receiving (frames are parsed as bytes arrive and wait for the consumer here, so
 pings are answered whatever it does), sending (masked in C and written at once, never awaited), closing (bounded) and
 keepalive (a timer; any frame is life). Invariants: the first `SessionEnd` set is the one reported; a failed write does
@@ -9,8 +9,10 @@ not stop the reading, which may still find the reason; nothing is sent after `fa
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import httpcore
 from httpx_ws import AsyncWebSocketSession
@@ -66,6 +68,14 @@ class Channel(AsyncWebSocketSession):
         self._life = self._loop.call_later(limits.ping, self._check_life)
         self._patience: asyncio.TimerHandle | None = None
 
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncIterator[Self]:
+        """httpx-ws's without its tasks and their queue, so that what the body raises leaves as it is."""
+        try:
+            yield self
+        finally:
+            await self.close()
+
     async def start(self) -> None:
         """Take the stream over, with what came in one packet with the upgrade."""
         try:
@@ -74,9 +84,6 @@ class Channel(AsyncWebSocketSession):
         except (httpcore.ReadTimeout, httpcore.ReadError):
             pass  # an end is told by `listen`
         self._wire.listen(self)
-
-    async def _background_receive(self, max_bytes: int) -> None:
-        """Nothing: bytes come by callback."""
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
@@ -217,7 +224,7 @@ class Channel(AsyncWebSocketSession):
         self._life = self._loop.call_at(self._heard + due, self._check_life)
 
     async def close(self, code: int = 1000, reason: str | None = None) -> None:
-        """Say goodbye and wait for the answer, bounded. httpx-ws calls this, shielded, when its context is left."""
+        """Say goodbye and wait for the answer, bounded. Called when the context is left."""
         self.fail("lost", "closed by this side")
         assert self.end is not None
         try:

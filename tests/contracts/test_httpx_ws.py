@@ -46,7 +46,7 @@ async def stock(script: Script, **kwargs: Any) -> AsyncIterator[tuple[AsyncWebSo
                 yield live, server
 
 
-@pytest.mark.parametrize("name", ["_background_receive", "close"])
+@pytest.mark.parametrize("name", ["__asynccontextmanager__", "close"])
 def test_the_replaced_parts_exist(name: str) -> None:
     """An override of something renamed would be dead code and the weakness back."""
     assert getattr(AsyncWebSocketSession, name) is not getattr(Channel, name)
