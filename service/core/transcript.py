@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from service.core import protocol
 from service.core.job import Partial, Turn, TurnWord, to_json, turn_from_json
 
-RECENT = 8  # finals that may still change where no speakers are labelled; a twin comes before the next turn's final
+RECENT = 4  # finals that may still change where no speakers are labelled; a twin comes before the next turn's final
 
 
 class Folded(NamedTuple):

@@ -325,7 +325,8 @@ def test_only_the_newest_finals_are_kept_and_none_is_told_twice() -> None:
         assert tracemalloc.get_traced_memory()[0] - before < 2000
     finally:
         tracemalloc.stop()
-    assert told(fold(turn(192, "W192.", end=True), *said[:190])) == [("revised", 192, "W192.")]
+    oldest = 200 - RECENT
+    assert told(fold(turn(oldest, "Again.", end=True), *said[:oldest])) == [("revised", oldest, "Again.")]
     assert fold.turn_count == 200
 
 
