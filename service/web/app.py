@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from service.runtime import Runtime
 from service.web import deliveries, documents, events, jobs, ops, pages, problems, tokens, transcripts
 from service.web.auth import Authenticator, Guard
-from service.web.edge import Edge, Linger
+from service.web.edge import Afterwards, Edge, Linger
 from service.web.limits import Uploads
 
 MODULES = (jobs, events, transcripts, tokens, deliveries, ops, documents, pages)
@@ -45,4 +45,4 @@ def _application(runtime: Runtime, routes: Sequence[BaseRoute]) -> FastAPI:
 
 
 def _guarded(app: FastAPI, runtime: Runtime) -> ASGIApp:
-    return Edge(Linger(Guard(app, runtime, app.state.authenticator, app.state.tokens)))
+    return Edge(Linger(Guard(Afterwards(app), runtime, app.state.authenticator, app.state.tokens)))

@@ -23,7 +23,7 @@ from service.core.errors import TurnwireError
 from service.core.job import TERMINAL_EVENTS, Event, make_event
 from service.runtime import Runtime
 from service.web.context import OwnJob, Services, preferred
-from service.web.edge import abort, is_head, writer
+from service.web.edge import abort, afterwards, is_head, writer
 from service.web.schemas import problem_answers
 
 PING_SECONDS = 15
@@ -214,10 +214,14 @@ class EventStream(EventSourceResponse):
         self._form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the frames end, the client goes, or it does not take what it is sent."""
+        """Answer a HEAD, or see to it that it is all sent."""
         if is_head(scope):
             await super().__call__({**scope, "method": "HEAD"}, receive, send)
-            return
+        elif not afterwards(scope, self._run):
+            await self._run(scope, receive, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the frames end, the client goes, or it does not take what it is sent."""
         watch = _Watch(send, self._form)
         leaving = asyncio.create_task(_gone(receive, watch))
         try:

@@ -1,14 +1,17 @@
 """A job's events over the wire: replay, resume, filters, both forms, and clients that behave badly."""
 
 import asyncio
+import gc
 import itertools
 import socket
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx
 import msgspec
 import pytest
+from starlette.requests import Request
 
 from service.core.job import Event, make_event
 from service.store import Record, Write
@@ -193,6 +196,22 @@ async def test_many_followers_and_one_that_leaves(idle: Served) -> None:
     for seen in await asyncio.gather(*tasks):
         assert durable(seen) == list(range(1, 253))
     await eventually(lambda: not idle.runtime.feed._hubs)
+
+
+async def test_a_stream_holds_nothing_of_the_framework(idle: Served) -> None:
+    """Its frames, stacks and requests would stay for as long as the stream does."""
+
+    def requests() -> int:
+        gc.collect()
+        return sum(isinstance(one, Request) for one in gc.get_objects())
+
+    job = await idle.upload()
+    before = requests()
+    async with AsyncExitStack() as stack:
+        for _ in range(10):
+            answer = await stack.enter_async_context(idle.http.stream("GET", f"/jobs/{job['id']}/events"))
+            await anext(lines(answer))
+        assert requests() <= before
 
 
 async def test_pings(idle: Served, monkeypatch: pytest.MonkeyPatch) -> None:
