@@ -8,10 +8,24 @@ database could take for an operator or a wildcard is left.
 import unicodedata
 
 
+class _Spaced(dict[int, str]):
+    """What each character is to `str.translate`, of the scripts below CJK looked up once."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        found = char if unicodedata.category(char)[0] in "LMN" else " "
+        if code < 0x2E80:
+            self[code] = found
+        return found
+
+
+_spaced = _Spaced()
+
+
 def words(text: str) -> list[str]:
     """The words of `text`, in its order."""
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
-    return "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in folded).split()
+    return folded.translate(_spaced).split()
 
 
 def searchable(text: str) -> str:

@@ -24,6 +24,7 @@ from service.store import idempotency, keys, outbox, pace, schema
 from service.store.engines import open_engine, open_writer
 from service.store.idempotency import Use
 from service.store.migration import migrate, schema_is_current, schema_of
+from service.store.prepared import Prepared, Row
 from service.store.reading import Reader, Record, record_of
 from service.store.renewal import Renewals
 from service.store.schema import events, jobs, now_ms, said, turns, webhooks
@@ -36,12 +37,29 @@ __all__ = [
 
 MAX_STRIKES = 3
 
-# Built once: to build a statement costs more than to run it. What a step sets comes with its parameters.
-_STEP = update(jobs).where(
-    jobs.c.id == bindparam("of"),
-    jobs.c.epoch == bindparam("by"),
-    jobs.c.status == Status.PROCESSING,
-    jobs.c.event_seq == bindparam("after"),
+_STEP = Prepared(
+    update(jobs)
+    .where(
+        jobs.c.id == bindparam("of"),
+        jobs.c.epoch == bindparam("by"),
+        jobs.c.status == Status.PROCESSING,
+        jobs.c.event_seq == bindparam("after"),
+    )
+    .values(
+        event_seq=bindparam("new_seq"),
+        doc=bindparam("doc"),
+        strikes=func.coalesce(bindparam("strikes", type_=jobs.c.strikes.type), jobs.c.strikes),
+    )
+)
+_REVISE = Prepared(
+    update(turns)
+    .where(turns.c.job_id == bindparam("job_id"), turns.c.idx == bindparam("idx"))
+    .values(doc=bindparam("doc"), end_ms=bindparam("end_ms"))
+)
+_SAY_AGAIN = Prepared(
+    update(said)
+    .where(said.c.job_id == bindparam("job_id"), said.c.idx == bindparam("idx"))
+    .values(words=bindparam("words"))
 )
 
 
@@ -93,7 +111,10 @@ class Store(Reader):
         super().__init__(readers)
         self._writer = writer
         self._insert_ignoring = insert_ignoring
-        self._insert = {table: insert_ignoring(table).on_conflict_do_nothing() for table in (events, turns, said)}
+        self._insert = {
+            table: Prepared(insert_ignoring(table).on_conflict_do_nothing(), *table.columns.keys())
+            for table in (events, turns, said)
+        }
         self._renewals = Renewals(writer)
         self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
         self.keys = keys.Keys(self._rows, writer, insert_ignoring)
@@ -118,7 +139,7 @@ class Store(Reader):
             }  # fmt: skip
             await connection.execute(self._insert_ignoring(jobs).on_conflict_do_nothing(), row)
             name = {"job_id": job.id, "idx": -1, "words": searchable(job.filename)}
-            await connection.execute(self._insert[said], name)
+            await self._insert[said].run(connection, name)
             await self._append(connection, job, made)
             return None
 
@@ -254,20 +275,14 @@ class Store(Reader):
         `after_seq` is the event number the step follows. A status other than processing ends the claim.
         """
         new_seq = after_seq + len(write.events)
-        job, doc = write.job, to_json(write.job)
-        values: dict[str, Any] = {"status": job.status, "event_seq": new_seq, "doc": doc}
-        if write.turns or job.status == Status.QUEUED:
-            values["strikes"] = 0
-        step = _STEP
-        if job.status != Status.PROCESSING:
-            not_before = now_ms() + int(write.not_before_s * 1000)
-            step = step.values(lease_until_ms=0, not_before_ms=not_before, ended_ms=_ended_ms(job))
-        if job.terminal:  # a cancel that came while the job was handed back is for whoever takes it next
-            values["cancel_requested"] = False
-        fenced = values | {"of": job.id, "by": claim.epoch, "after": after_seq}
+        job, end = write.job, _end(write)  # as it is now: the job goes on changing while this waits
+        step = {
+            "of": job.id, "by": claim.epoch, "after": after_seq, "new_seq": new_seq, "doc": to_json(job),
+            "strikes": 0 if write.turns or job.status == Status.QUEUED else None,
+        }  # fmt: skip
 
         async def run(connection: AsyncConnection) -> None:
-            if (await connection.execute(step, fenced)).rowcount == 0:
+            if await _STEP.run(connection, step) == 0:
                 # Either somebody else's job by now, or this very commit went through and only its answer was lost.
                 mine = and_(jobs.c.id == job.id, jobs.c.epoch == claim.epoch)
                 if (
@@ -275,31 +290,21 @@ class Store(Reader):
                 ).scalar() == new_seq and write.events:
                     return
                 raise Fenced
-            for turn in write.revised:
-                row = {"doc": to_json(turn), "end_ms": turn.end_ms}
-                await connection.execute(
-                    update(turns).where(turns.c.job_id == job.id, turns.c.idx == turn.index).values(row)
-                )
-                await connection.execute(
-                    update(said)
-                    .where(said.c.job_id == job.id, said.c.idx == turn.index)
-                    .values(words=searchable(turn.transcript))
-                )
+            if end:
+                await connection.execute(update(jobs).where(jobs.c.id == job.id).values(end))
+            if write.revised:
+                rows = [_row(job, turn) for turn in write.revised]
+                await _REVISE.run_each(connection, rows)
+                await _SAY_AGAIN.run_each(connection, rows)
             if write.turns:
-                rows = [
-                    {"job_id": job.id, "idx": turn.index, "session_id": turn.session_id, "turn_order": turn.turn_order,
-                     "end_ms": turn.end_ms, "doc": to_json(turn)}
-                    for turn in write.turns
-                ]  # fmt: skip
-                await connection.execute(self._insert[turns], rows)
-                texts = [
-                    {"job_id": job.id, "idx": turn.index, "words": searchable(turn.transcript)} for turn in write.turns
-                ]
-                await connection.execute(self._insert[said], texts)
+                rows = [_row(job, turn) for turn in write.turns]
+                await self._insert[turns].run_each(connection, rows)
+                await self._insert[said].run_each(connection, rows)
             await self._append(connection, job, write.events)
 
         await self._writer.write(job.id, run, patient=True)
-        _count(*({values["status"]} - {Status.PROCESSING}))
+        if end:
+            _count(end["status"])
 
     async def renew(self, claim: Claim, *, lease_s: float, job: Job | None) -> bool:
         """Extend the lease, and note the progress in `job` unless it holds something not yet committed (None).
@@ -324,7 +329,7 @@ class Store(Reader):
         """Log the events just made for `job`, and promise to tell its webhook those that it asks for."""
         if made:
             rows = [{"job_id": e.job_id, "seq": e.seq, "type": e.type, "doc": e.json} for e in made]
-            await connection.execute(self._insert[events], rows)
+            await self._insert[events].run_each(connection, rows)
             await outbox.promise_webhook(connection, self._insert_ignoring, job, made)
 
     async def _finalized(self, connection: AsyncConnection, job_id: str) -> dict[str, int]:
@@ -340,6 +345,26 @@ def _count(*became: Status) -> None:
     """Changes of a status, once they are committed."""
     for status in became:
         metrics.jobs.labels(status=status).inc()
+
+
+def _row(job: Job, turn: Turn) -> Row:
+    """A turn as `turns` and `said` keep it."""
+    return {
+        "job_id": job.id, "idx": turn.index, "session_id": turn.session_id, "turn_order": turn.turn_order,
+        "end_ms": turn.end_ms, "doc": to_json(turn), "words": searchable(turn.transcript),
+    }  # fmt: skip
+
+
+def _end(write: Write) -> dict[str, Any]:
+    """What a step that ends its claim changes besides; nothing if the claim goes on."""
+    if write.job.status == Status.PROCESSING:
+        return {}
+    end = {
+        "status": write.job.status, "lease_until_ms": 0, "not_before_ms": now_ms() + int(write.not_before_s * 1000),
+        "ended_ms": _ended_ms(write.job),
+    }  # fmt: skip
+    # A cancel that came while the job was handed back is for whoever takes it next.
+    return end | {"cancel_requested": False} if write.job.terminal else end
 
 
 def _ended_ms(job: Job) -> now_ms | None:

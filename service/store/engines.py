@@ -6,6 +6,7 @@ is frozen in the middle of a transaction loses its locks to the others.
 
 import asyncio
 import socket
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ T = TypeVar("T")
 READERS = 4
 CONNECT_SECONDS = 3.0
 SILENCE_SECONDS = 5.0  # without an acknowledgement of what was sent: the other side is gone
+BEGIN = "BEGIN IMMEDIATE"
+BUSY_MS = 200  # for another process that writes
 YIELD_SECONDS = 0.001  # a group of writes must not hold up the pacer
 COMMAND_SECONDS = 5.0  # of one statement: the other side is frozen
 # For the case that this process is the one that is frozen or cut off; told to the server, which then ends the session.
@@ -93,66 +96,56 @@ def _sqlite(url: URL, *, writing: bool) -> AsyncEngine:
         engine = create_async_engine(url, poolclass=StaticPool)
     else:
         engine = create_async_engine(url, pool_size=READERS, max_overflow=0)
-    _prepare(engine.sync_engine, writing=writing)
+    _prepare(engine.sync_engine, f"busy_timeout={BUSY_MS if writing else 5000}", f"query_only={int(not writing)}")
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: Any) -> None:  # noqa: ANN401
+        connection.exec_driver_sql(BEGIN if writing else "BEGIN")
+
     return engine
 
 
-def _prepare(engine: Engine, *, writing: bool) -> None:
+def _prepare(engine: Engine, *pragmas: str) -> None:
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's connection
-        connection.isolation_level = None  # transactions are begun below, not by the driver
+        connection.isolation_level = None  # transactions are begun by us, not by the driver
         cursor = connection.cursor()
-        # FULL: a commit survives power loss. The short timeout: the writer itself waits and retries, and must notice
-        # uploads giving up.
-        for pragma in (
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            f"busy_timeout={200 if writing else 5000}",
-            f"query_only={int(not writing)}",
-        ):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", *pragmas):  # FULL: a commit survives power loss
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Any) -> None:  # noqa: ANN401
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
-
 
 class SqliteWriter:
-    """What the writer uses of an `AsyncEngine`.
+    """What the writer uses of an `AsyncEngine`, on one connection.
 
-    Beginning (which may wait for a lock), committing (which waits for the disk), looking and deleting (which may go
-    over many rows) happen in a thread of its own. An insert or an update by key takes microseconds once the
-    transaction holds its lock, and going to a thread and back several times that: it happens at once.
+    Committing (which waits for the disk), looking and deleting (which may go over many rows) happen in a thread of its
+    own, and so does waiting for another process that writes. To begin takes microseconds, and so does an insert or an
+    update by key; going to a thread and back takes several times that: they happen at once.
     """
 
     def __init__(self, url: str) -> None:
         """Connects when it is first used."""
         sync = make_url(url).set(drivername="sqlite")
         self._engine = create_engine(sync, poolclass=StaticPool, connect_args={"check_same_thread": False})
-        _prepare(self._engine, writing=True)
+        _prepare(self._engine, "busy_timeout=0")
         self._thread = ThreadPoolExecutor(1, "sqlite-writer")
+        self._connection: Connection | None = None  # what SQLAlchemy runs goes through it; transactions do not
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
         """A transaction has begun; what is not committed is rolled back."""
-        connection = await self.away(self._begun)
+        if self._connection is None:
+            self._connection = await self.away(self._engine.connect)
+        driver: Any = self._connection.connection.driver_connection
         try:
-            yield cast("AsyncConnection", _SqliteConnection(self, connection))
+            driver.execute(BEGIN)
+        except sqlite3.OperationalError:
+            await self.away(_wait_and_begin, driver)
+        try:
+            yield cast("AsyncConnection", _SqliteConnection(self, self._connection, driver))
         finally:
-            if connection.in_transaction():
-                await self.away(connection.close)
-            else:
-                connection.close()
-
-    def _begun(self) -> Connection:
-        connection = self._engine.connect()
-        try:
-            connection.begin()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+            if driver.in_transaction:
+                await self.away(driver.rollback)
 
     async def away(self, call: Callable[..., T], *arguments: object) -> T:
         """Call in the thread."""
@@ -164,25 +157,45 @@ class SqliteWriter:
         self._thread.shutdown()
 
 
+def _wait_and_begin(driver: sqlite3.Connection) -> None:
+    """Not for long: the writer tries again, and must notice uploads giving up."""
+    driver.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+    try:
+        driver.execute(BEGIN)
+    finally:
+        driver.execute("PRAGMA busy_timeout=0")
+
+
 class _SqliteConnection:
     """What operations use of an `AsyncConnection`."""
 
-    def __init__(self, writer: SqliteWriter, connection: Connection) -> None:
+    def __init__(self, writer: SqliteWriter, connection: Connection, driver: sqlite3.Connection) -> None:
         self._writer = writer
         self._connection = connection
+        self._driver = driver
         self._yielded = time.perf_counter()
+        self.dialect = connection.dialect
 
     async def execute(self, statement: Any, parameters: Any = None) -> Any:  # noqa: ANN401 - as SQLAlchemy's
         if not statement.is_dml or statement.is_delete:
             return await self._writer.away(self._connection.execute, statement, parameters)
         result = self._connection.execute(statement, parameters)
+        await self._let_others_run()
+        return result
+
+    async def exec_driver_sql(self, statement: str, parameters: Any) -> sqlite3.Cursor:  # noqa: ANN401 - as SQLAlchemy's
+        run = self._driver.executemany if isinstance(parameters, list) else self._driver.execute
+        cursor = run(statement, parameters)
+        await self._let_others_run()
+        return cursor
+
+    async def _let_others_run(self) -> None:
         if time.perf_counter() - self._yielded > YIELD_SECONDS:
             await asyncio.sleep(0)
             self._yielded = time.perf_counter()
-        return result
 
     async def commit(self) -> None:
-        await self._writer.away(self._connection.commit)
+        await self._writer.away(self._driver.commit)
 
     async def invalidate(self) -> None:
-        self._connection.invalidate()
+        """Nothing here has a time limit."""

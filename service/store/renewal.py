@@ -12,16 +12,20 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.core.errors import Fenced
 from service.core.job import Claim, Job, Status, to_json
+from service.store.prepared import Prepared
 from service.store.schema import jobs, now_ms
 from service.store.writer import Writer
 
-_RENEW = (
+_RENEW = Prepared(
     update(jobs)
     .where(jobs.c.id == bindparam("of"), jobs.c.epoch == bindparam("by"), jobs.c.status == Status.PROCESSING)
     .values(
         lease_until_ms=now_ms() + bindparam("lease_ms"),
         doc=func.coalesce(bindparam("news", type_=jobs.c.doc.type), jobs.c.doc),
     )
+)
+_HELD = select(jobs.c.id, jobs.c.epoch, jobs.c.cancel_requested).where(
+    jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.status == Status.PROCESSING
 )
 
 Held = dict[tuple[str, int], bool]
@@ -36,12 +40,11 @@ class _Batch:
     async def run(self, connection: AsyncConnection) -> Held:
         """Which of the claims are still held, and whether their cancel was requested."""
         self.open = False
-        rows = [self.rows[job_id] for job_id in sorted(self.rows)]
-        if not rows:
+        if not self.rows:
             return {}  # all who asked have left
-        await connection.execute(_RENEW, rows)
-        mine = (jobs.c.id.in_(list(self.rows)), jobs.c.status == Status.PROCESSING)
-        found = await connection.execute(select(jobs.c.id, jobs.c.epoch, jobs.c.cancel_requested).where(*mine))
+        ids = sorted(self.rows)
+        await _RENEW.run_each(connection, [self.rows[job_id] for job_id in ids])
+        found = await connection.execute(_HELD, {"ids": ids})
         return {(job_id, epoch): canceled for job_id, epoch, canceled in found}
 
 

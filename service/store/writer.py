@@ -61,6 +61,7 @@ class Writer:
         self._waiting: deque[_Operation] = deque()
         self._wake = asyncio.Event()
         self._closing = False
+        self._watching: asyncio.TimerHandle
 
     async def write(self, job_id: str, run: Callable[[AsyncConnection], Awaitable[T]], *, patient: bool = False) -> T:
         """Run `run` in the next group and return its result once it is committed.
@@ -94,13 +95,12 @@ class Writer:
                 group = [self._waiting.popleft() for _ in range(min(GROUP, len(self._waiting)))]
                 group.sort(key=lambda operation: operation.job_id)  # stable: one job's writes keep their order
                 try:
-                    left = await self._commit_watched(group)
-                    error: Exception = Unavailable()
+                    left, full = await self._commit_watched(group), False
                 except Exception as exc:  # noqa: BLE001 - the database is away
-                    left, error = group, exc
+                    left, full = group, failure(exc) is Failure.FULL
                 if left:
                     self._waiting.extendleft(reversed(left))
-                    self._give_up(full=failure(error) is Failure.FULL)
+                    self._give_up(full=full)
                     await asyncio.sleep(RETRY_SECONDS)  # real time: it does not run on a test's clock
         finally:
             self._closing = True
@@ -113,10 +113,18 @@ class Writer:
 
     async def _commit_watched(self, group: list[_Operation]) -> list[_Operation]:
         """As `_commit`; while the database takes long to answer, the impatient behind this group give up."""
-        committing = asyncio.create_task(self._commit(group))
-        while not (await asyncio.wait({committing}, timeout=SLOW_SECONDS))[0]:
-            self._give_up(full=False)
-        return committing.result()
+        self._watch()
+        try:
+            return await self._commit(group)
+        finally:
+            self._watching.cancel()
+
+    def _watch(self) -> None:
+        self._watching = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._grow_impatient)
+
+    def _grow_impatient(self) -> None:
+        self._give_up(full=False)
+        self._watch()
 
     async def _commit(self, group: list[_Operation]) -> list[_Operation]:
         """Commit together or, where that fails, one by one; returns those that somebody else was in the way of.

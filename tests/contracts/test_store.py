@@ -624,6 +624,19 @@ async def test_writes_of_one_job_keep_their_order(store: Store) -> None:
     assert await store.newest_seq("j1") == 102
 
 
+async def test_a_step_keeps_the_job_as_it_was_when_it_was_asked_for(store: Store) -> None:
+    """The recorder ends a job while the step before waits in line."""
+    await add_job(store)
+    held = await claim(store)
+    step = asyncio.create_task(write(store, held, an_event("j1", 3), after=2))
+    await asyncio.sleep(0)
+    held.job.status = Status.COMPLETED
+    await step
+    assert (await the_record(store)).job.status == Status.PROCESSING
+    await write(store, held, an_event("j1", 4, "job.completed"), after=3)
+    assert (await the_record(store)).job.status == Status.COMPLETED
+
+
 async def test_a_cancelled_caller_never_half_writes(store: Store) -> None:
     """At whatever moment it is cancelled: the step is there whole, or not at all."""
     outcomes = set()
