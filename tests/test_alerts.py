@@ -10,7 +10,7 @@ import pytest
 import yaml
 from prometheus_client import Counter
 
-from service.telemetry import metrics
+from service.telemetry import Tally, metrics
 from tests.test_deploy import DEPLOY
 
 Yaml = dict[str, Any]
@@ -25,7 +25,7 @@ def _known() -> dict[str, set[str]]:
     for family in metrics.registry.collect():
         known |= {sample.name: set(sample.labels) for sample in family.samples}
     for collector in metrics.registry._collector_to_names:  # also those with labels that nothing has counted yet
-        if isinstance(collector, Counter):
+        if isinstance(collector, Counter | Tally):
             known[f"{collector._name}_total"] = set(collector._labelnames)
     return known
 

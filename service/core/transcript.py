@@ -106,9 +106,10 @@ class Folder:
     def _partial(self, message: protocol.Turn, next_index: int, position_ms: int) -> Folded | None:
         order = message.turn_order
         words = [word.text for word in message.words]
+        final = [word.word_is_final for word in message.words]
         text = message.transcript
-        final = sum(word.word_is_final for word in message.words)
-        if not text or len(text.split()) <= final < len(words):  # some models leave pending words out of `transcript`
+        pending = not all(final)
+        if not text or (pending and len(text.split()) <= sum(final)):  # some models leave those out of `transcript`
             text = " ".join(words)
         if not text or order <= self._ended:
             return None
@@ -116,10 +117,8 @@ class Folder:
         self._open[order] = words
         if order > self._ended + 1:  # held: the one before may still become final
             return None
-        stable = 0
-        for i, word in enumerate(message.words):
-            if not word.word_is_final and before[i : i + 1] != [word.text]:
-                break
+        stable = [*final, False].index(False)
+        while stable < len(words) and (final[stable] or before[stable : stable + 1] == [words[stable]]):
             stable += 1
         start_ms = self._ms(message.words[0].start) if message.words else position_ms
         return Folded("turn.partial", Partial(

@@ -95,12 +95,15 @@ class Audience:
         """Whether that many wait, each with everything that there is."""
         return len(self._waiting) == followers and not self._telling
 
-    def wake(self) -> None:
-        """Tell everybody that there may be something new."""
+    def wake(self) -> int:
+        """Tell everybody, in a later turn of the event loop, that there may be something new; the version that has
+        it.
+        """
         self.version += 1
         if self._waiting and not self._telling:
             self._telling = True
             self._rounds.begin(self._round())
+        return self.version
 
     def _round(self) -> Iterator[bool]:
         told = -1

@@ -178,14 +178,17 @@ class Hub:
 
     def _take(self, event: Event) -> bool:
         """Whether all is well: False for the first event that tells of one that did not come."""
-        if event.seq == self.last + 1:
+        if event.seq is None:
+            if event.after_seq > self.last or event.type == BEHIND:
+                return False  # it was committed before anyone was told of what follows it
+            if event.type == DELETED:
+                self._leave()
+            else:
+                self._ephemeral(event)
+        elif event.seq > self.last + 1:
+            return False
+        elif event.seq > self.last:
             self._durable(event)
-        elif event.type == BEHIND or max(event.seq or 0, event.after_seq) > self.last:
-            return False  # it was committed before anyone was told of what follows it
-        elif event.type == DELETED:
-            self._leave()
-        elif event.seq is None:
-            self._ephemeral(event)
         return True
 
     async def _trust(self) -> None:
@@ -282,10 +285,9 @@ class Hub:
         if self._ended or not self._floor <= event.after_seq <= self.last:
             return
         head = _head(event.json)
-        if head.turn is None:
+        turn = head.turn
+        if turn is None:
             if self._progress is None or head.sent_ms >= self._progress[1]:
-                self._progress = (self.audience.version + 1, head.sent_ms, event)
-                self.audience.wake()
-        elif head.turn.turn_order > self._final.get(head.turn.session_id, -1):
-            self._partials[head.turn.session_id] = (self.audience.version + 1, head.turn, event)
-            self.audience.wake()
+                self._progress = (self.audience.wake(), head.sent_ms, event)
+        elif turn.turn_order > self._final.get(turn.session_id, -1):
+            self._partials[turn.session_id] = (self.audience.wake(), turn, event)
