@@ -22,6 +22,7 @@ from wsproto.events import CloseConnection
 from service.backends.frames import BINARY, CLOSE, PING, PONG, TEXT, Parser, Unreadable, encode
 from service.backends.stream import Stream
 from service.core.protocol import EndKind, SessionEnd
+from service.flag import Flag
 
 _CLOSE_CODES: dict[EndKind, int] = {"oversized": 1009, "invalid": 1002, "malformed": 1008}
 
@@ -56,7 +57,7 @@ class Channel(AsyncWebSocketSession):
         self.end: SessionEnd | None = None
         self.failed = False
         self.stuck = False  # more was pushed than the peer takes
-        self._hung_up = asyncio.Event()  # the peer's Close was read, or nothing it says can be
+        self._hung_up = Flag()  # the peer's Close was read, or nothing it says can be
         self._inbox: deque[bytes | str] = deque()
         self._inbox_bytes = 0
         self._paused = False

@@ -16,6 +16,7 @@ import msgspec
 from service.core.errors import Unavailable
 from service.core.job import BEHIND, DELETED, LISTENING, Event, hint
 from service.feed.audience import Audience, News, Position, Rounds
+from service.flag import Flag
 from service.ports import Bus, Clock
 from service.store import Store
 
@@ -49,13 +50,13 @@ class Hub:
     def __init__(self, job_id: str, store: Store, bus: Bus, clock: Clock, rounds: Rounds) -> None:
         """Begins at once."""
         self.followers = 0
-        self.ready = asyncio.Event()
+        self.ready = Flag()
         self.last = 0
         self.looking = False  # into the log: what else there is may be old by now
         self.wary = 0  # looks into the log until the bus is trusted again
         self.audience = Audience(rounds, self._news)
         self._ended = self._gone = False
-        self._stopping = asyncio.Event()
+        self._stopping = Flag()
         self._job_id = job_id
         self._store = store
         self._bus = bus
@@ -69,7 +70,7 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
         self._missed: list[Event] = []  # heard and not taken: the log comes first
-        self._must_look = asyncio.Event()
+        self._must_look = Flag()
         self._must_look.set()
         self._task = asyncio.create_task(self._listen(), name=f"feed-{job_id}")
 

@@ -65,15 +65,17 @@ class Transcriber:
         try:
             async with asyncio.TaskGroup() as group:
                 writing = group.create_task(recorder.run(), name="recorder")
-                beating = group.create_task(self._beat(recorder, control, lease, extend), name="heartbeat")
-                expiring = group.create_task(lease.over(), name="lease")
-                hearing = group.create_task(self._hear(recorder, control), name="control")
+                beside = [
+                    group.create_task(self._beat(recorder, control, lease, extend), name="heartbeat"),
+                    group.create_task(self._hear(recorder, control), name="control"),
+                ]
+                if not self.alone:
+                    beside.append(group.create_task(lease.over(), name="lease"))
                 end = await self._work(recorder, control, lease)
                 recorder.close()
                 await writing
-                expiring.cancel()
-                beating.cancel()
-                hearing.cancel()
+                for task in beside:
+                    task.cancel()
         except* Fenced:
             log.info("claim lost", job_id=claim.job.id, epoch=claim.epoch)
             end = End("dropped")

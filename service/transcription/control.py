@@ -13,6 +13,7 @@ import structlog
 from service.core.errors import Fenced, OurError
 from service.core.job import Failure
 from service.core.wav import WavInfo
+from service.flag import Flag
 from service.pacer import Pacer
 from service.ports import BlobStore, Clock, Upstream
 from service.transcription.recorder import Recorder
@@ -32,7 +33,7 @@ class Control:
     def __init__(self, *, drain_s: float) -> None:
         """`drain_s`: how long sessions may take to say their last words on a drain."""
         self.stop: Stop | None = None
-        self.stopped = asyncio.Event()
+        self.stopped = Flag()
         self.listeners: set[Callable[[], None]] = set()
         self._drain_s = drain_s
 

@@ -7,7 +7,6 @@ be committed, else once that is, and of several of a session only the newest. Wh
 up to a bound; then `congested` asks the senders to pause.
 """
 
-import asyncio
 from typing import Any
 
 from service.core.errors import Fenced
@@ -29,6 +28,7 @@ from service.core.job import (
     rfc3339,
 )
 from service.core.transcript import Folded
+from service.flag import Flag
 from service.ports import Bus, Clock
 from service.store import Store, Write
 from service.telemetry import metrics
@@ -56,7 +56,7 @@ class Recorder:
         self._pending_bytes = 0
         self._partials: dict[str, Partial] = {}  # newest per session, not yet told
         self._current: dict[str, Partial] = {}  # newest per session, of open turns
-        self._wake = asyncio.Event()
+        self._wake = Flag()
         self._settled = True  # nothing made is waiting to be committed
         self._closing = False
 

@@ -15,6 +15,7 @@ from service.core.errors import Unavailable
 from service.core.pacing import FRAME_BYTES, Schedule
 from service.core.samples import Converter
 from service.core.wav import WavInfo
+from service.flag import Flag
 from service.pacer import TICK, Pacer, Timer
 from service.ports import BlobStore, Clock, UpstreamSession
 from service.telemetry import metrics
@@ -62,7 +63,7 @@ class Source:
         self._blocks: deque[bytes] = deque()
         self._taken = 0  # of the first
         self._left = 0  # of all
-        self._low = asyncio.Event()
+        self._low = Flag()
         self._low.set()
         self.complete = False  # everything has been read; what is buffered is the rest
 
