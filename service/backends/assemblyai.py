@@ -8,7 +8,7 @@ is `websocket.Channel`.
 import asyncio
 import ipaddress
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -67,10 +67,13 @@ class AssemblyAI:
     @asynccontextmanager
     async def connect(self, query: str) -> AsyncIterator["Session"]:
         """See `ports.Upstream.connect`."""
-        async with AsyncExitStack() as stack:
-            yield Session(await self._open(stack, query), self._limits)
+        channel = await self._open(query)
+        try:
+            yield Session(channel, self._limits)
+        finally:
+            await channel.close()
 
-    async def _open(self, stack: AsyncExitStack, query: str) -> Channel:
+    async def _open(self, query: str) -> Channel:
         assert self._client is not None, "enter AssemblyAI before connecting"
         headers = {"AssemblyAI-Version": _VERSION, "Accept-Encoding": "identity"}
         if self._key is not None:
@@ -78,11 +81,12 @@ class AssemblyAI:
         session_class = cast("type[Channel]", partial(Channel, limits=self._limits))
         url = f"{self._url}{'&' if '?' in self._url else '?'}{query}"
         try:
-            async with asyncio.timeout(self._limits.connect + self._limits.handshake):
-                opening = aconnect_ws(url, self._client, headers=headers, session_class=session_class)
-                channel = await stack.enter_async_context(opening)
+            async with (
+                asyncio.timeout(self._limits.connect + self._limits.handshake),
+                aconnect_ws(url, self._client, headers=headers, session_class=session_class) as channel,
+            ):
                 await channel.start()
-                return channel
+            return channel
         except httpcore.RemoteProtocolError as exc:
             garbage = isinstance(exc.__cause__, h11.RemoteProtocolError)  # else it hung up without a word
             end = SessionEnd(kind="invalid" if garbage else "unreachable", reason=str(exc))

@@ -112,19 +112,20 @@ class Transport(httpx.AsyncBaseTransport):
             with anyio.CancelScope(shield=True):
                 await connection.aclose()
             raise
-        upgraded = response.status == 101
-        body = _Upgraded(response.extensions["network_stream"]) if upgraded else _Body(connection, response)
+        stream = response.extensions["network_stream"].get_extra_info("stream")
+        body = _Upgraded(stream) if response.status == 101 else _Body(connection, response)
         return httpx.Response(response.status, headers=response.headers, stream=body, extensions=response.extensions)
 
 
 class _Upgraded(httpx.AsyncByteStream):
-    """No body, and of the connection only its stream: what httpcore keeps besides would last as long as the session."""
+    """No body but a stream, which is closed with the response only while nobody has taken it over."""
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        if not self._stream.taken:
+            await self._stream.aclose()
 
 
 class _Body(httpx.AsyncByteStream):

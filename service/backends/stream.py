@@ -50,6 +50,11 @@ class Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
 
     # --- what a receiver uses ----------------------------------------------------------------------------------------
 
+    @property
+    def taken(self) -> bool:
+        """Whether there is a receiver, who then has to close."""
+        return self._receiver is not None
+
     def listen(self, receiver: Receiver) -> None:
         """Tell `receiver` from now on, beginning with what has already happened."""
         self._receiver = receiver

@@ -1,10 +1,11 @@
 """A websocket that cannot hang, lose a close code or grow unbounded: httpx-ws with its weak parts replaced. FLOOR 3.
 
-httpx-ws does the handshake and, with wsproto, minds the close. Replaced, each pinned by a test
-in tests/contracts/test_httpx_ws.py: receiving (frames are parsed as bytes arrive and wait for the consumer here, so
-pings are answered whatever it does), sending (masked in C and written at once, never awaited), closing (bounded) and
-keepalive (a timer; any frame is life). Invariants: the first `SessionEnd` set is the one reported; a failed write does
-not stop the reading, which may still find the reason; nothing is sent after `failed` but the Close frame.
+httpx-ws does the handshake and, with wsproto, minds the close. Replaced, each pinned by a test in
+tests/contracts/test_httpx_ws.py: receiving (frames are parsed as bytes arrive and wait for the consumer here, so pings
+are answered whatever it does), sending (masked in C and written at once, never awaited), closing (bounded), keepalive
+(a timer; any frame is life) and what is held meanwhile. Invariants: the first `SessionEnd` set is the one reported; a
+failed write does not stop the reading, which may still find the reason; nothing is sent after `failed` but the Close
+frame.
 """
 
 import asyncio
@@ -50,7 +51,7 @@ class Channel(AsyncWebSocketSession):
 
     def __init__(self, stream: httpcore.AsyncNetworkStream, *, limits: Limits, **kwargs: Any) -> None:  # noqa: ANN401
         """As httpx-ws calls it, and our limits."""
-        super().__init__(stream, **kwargs | {"keepalive_ping_interval_seconds": None})
+        super().__init__(stream, **kwargs | {"keepalive_ping_interval_seconds": None, "response": None})
         self._loop = asyncio.get_running_loop()
         self._limits = limits
         self._wire: Stream = stream.get_extra_info("stream")
@@ -71,11 +72,12 @@ class Channel(AsyncWebSocketSession):
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncIterator[Self]:
-        """httpx-ws's without its tasks and their queue, so that what the body raises leaves as it is."""
+        """The handshake's context. The session outlasts it, so that nothing of it lasts as long as the session."""
         try:
             yield self
-        finally:
+        except BaseException:
             await self.close()
+            raise
 
     async def start(self) -> None:
         """Take the stream over, with what came in one packet with the upgrade."""
@@ -225,7 +227,7 @@ class Channel(AsyncWebSocketSession):
         self._life = self._loop.call_at(self._heard + due, self._check_life)
 
     async def close(self, code: int = 1000, reason: str | None = None) -> None:
-        """Say goodbye and wait for the answer, bounded. Called when the context is left."""
+        """Say goodbye and wait for the answer, bounded. Whoever has a channel calls it in the end."""
         self.fail("lost", "closed by this side")
         assert self.end is not None
         try:

@@ -5,11 +5,13 @@ If one of the stock halves fails after an upgrade, the library has changed there
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+import h11
 import httpx
 import pytest
 import wsproto.utilities
@@ -200,6 +202,22 @@ async def test_a_session_costs_no_task() -> None:
 
     assert await tasks_while(stock(saying(text(BEGIN)))) == 2
     assert await tasks_while(session(saying(text(BEGIN)))) == 0
+
+
+async def test_a_session_keeps_nothing_of_the_handshake() -> None:
+    """Stock: the request, the response and the connection with its parser, 20 KB."""
+
+    def kept() -> int:
+        gc.collect()
+        return sum(isinstance(one, httpx.Request | httpx.Response | h11.Connection) for one in gc.get_objects())
+
+    async def kept_by(opening: contextlib.AbstractAsyncContextManager[Any]) -> int:
+        before = kept()
+        async with opening:
+            return kept() - before
+
+    assert await kept_by(stock(saying(text(BEGIN)))) == 3
+    assert await kept_by(session(saying(text(BEGIN)))) == 0
 
 
 async def send_and_read(script: Script, readers: list[asyncio.Task[None]]) -> None:
