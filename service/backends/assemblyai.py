@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from ssl import SSLContext
-from typing import Self, cast
+from typing import Any, Self
 
 import h11
 import httpcore
@@ -78,7 +78,8 @@ class AssemblyAI:
         headers = {"AssemblyAI-Version": _VERSION, "Accept-Encoding": "identity"}
         if self._key is not None:
             headers["Authorization"] = self._key
-        session_class = cast("type[Channel]", partial(Channel, limits=self._limits))
+        session_class: Any = partial(Channel, limits=self._limits)  # not one of theirs, which they never ask
+        channel: Channel
         url = f"{self._url}{'&' if '?' in self._url else '?'}{query}"
         try:
             async with (

@@ -1,6 +1,6 @@
-"""A websocket that cannot hang, lose a close code or grow unbounded: httpx-ws with its weak parts replaced. FLOOR 3.
+"""A websocket that cannot hang, lose a close code or grow unbounded: the session for httpx-ws's handshake. FLOOR 3.
 
-httpx-ws does the handshake and, with wsproto, minds the close. Replaced, each pinned by a test in
+httpx-ws connects, wsproto minds the close. What httpx-ws's own session does otherwise is pinned by tests in
 tests/contracts/test_httpx_ws.py: receiving (frames are parsed as bytes arrive and wait for the consumer here, so pings
 are answered whatever it does), sending (masked in C and written at once, never awaited), closing (bounded), keepalive
 (a timer; any frame is life) and what is held meanwhile. Invariants: the first `SessionEnd` set is the one reported; a
@@ -10,14 +10,12 @@ frame.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Self
 
 import httpcore
-from httpx_ws import AsyncWebSocketSession
-from wsproto.connection import ConnectionState
+from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.events import CloseConnection
 
 from service.backends.frames import BINARY, CLOSE, PING, PONG, TEXT, Parser, Unreadable, encode
@@ -46,12 +44,12 @@ class Limits:
     refusal_bytes: int = 8192
 
 
-class Channel(AsyncWebSocketSession):
+class Channel:
     """One open websocket: `push` sends, `pull` takes what came in, `end` says why it is over."""
 
-    def __init__(self, stream: httpcore.AsyncNetworkStream, *, limits: Limits, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, stream: httpcore.AsyncNetworkStream, *, limits: Limits, **_: object) -> None:
         """As httpx-ws calls it, and our limits."""
-        super().__init__(stream, **kwargs | {"keepalive_ping_interval_seconds": None, "response": None})
+        self._stream = stream
         self._loop = asyncio.get_running_loop()
         self._limits = limits
         self._wire: Stream = stream.get_extra_info("stream")
@@ -70,19 +68,24 @@ class Channel(AsyncWebSocketSession):
         self._life = self._loop.call_later(limits.ping, self._check_life)
         self._patience: asyncio.TimerHandle | None = None
 
-    @asynccontextmanager
-    async def __asynccontextmanager__(self) -> AsyncIterator[Self]:
+    async def __aenter__(self) -> Self:
         """The handshake's context. The session outlasts it, so that nothing of it lasts as long as the session."""
-        try:
-            yield self
-        except BaseException:
+        return self
+
+    async def __aexit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
+        """Close what could not be started."""
+        if exc is not None:
             await self.close()
-            raise
+
+    @cached_property
+    def _closing(self) -> Connection:
+        """Minds the close, and is not made before it."""
+        return Connection(ConnectionType.CLIENT)
 
     async def start(self) -> None:
         """Take the stream over, with what came in one packet with the upgrade."""
         try:
-            while data := await self.stream.read(65_536, timeout=0):
+            while data := await self._stream.read(65_536, timeout=0):
                 self.data(data)
         except (httpcore.ReadTimeout, httpcore.ReadError):
             pass  # an end is told by `listen`
@@ -179,14 +182,14 @@ class Channel(AsyncWebSocketSession):
             raise Unreadable("invalid", f"more than {self._limits.control_frames} control frames in a second")
 
     def _closed(self, payload: bytes) -> None:
-        self.connection.receive_data(bytes((0x80 | CLOSE, len(payload))) + payload)
-        (event,) = self.connection.events()
+        self._closing.receive_data(bytes((0x80 | CLOSE, len(payload))) + payload)
+        (event,) = self._closing.events()
         assert isinstance(event, CloseConnection)
-        if self.connection.state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):
+        if self._closing.state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):
             raise Unreadable("invalid", f"a Close frame that is none: {event.reason}")  # wsproto's verdict
         self._finish(SessionEnd(kind="closed", code=int(event.code), reason=event.reason or ""))
-        if self.connection.state is ConnectionState.REMOTE_CLOSING:
-            self._wire.send(self.connection.send(event.response()))
+        if self._closing.state is ConnectionState.REMOTE_CLOSING:
+            self._wire.send(self._closing.send(event.response()))
         self._hung_up.set()
 
     # --- the end -----------------------------------------------------------------------------------------------------
@@ -226,18 +229,18 @@ class Channel(AsyncWebSocketSession):
                 self._wire.send(encode(PING, b""))
         self._life = self._loop.call_at(self._heard + due, self._check_life)
 
-    async def close(self, code: int = 1000, reason: str | None = None) -> None:
+    async def close(self) -> None:
         """Say goodbye and wait for the answer, bounded. Whoever has a channel calls it in the end."""
         self.fail("lost", "closed by this side")
         assert self.end is not None
         try:
             async with asyncio.timeout(0 if self.end.kind in ("silent", "stalled") else self._limits.close):
-                if self.connection.state is ConnectionState.OPEN:
-                    goodbye = CloseConnection(_CLOSE_CODES.get(self.end.kind, code), reason)
-                    self._wire.send(self.connection.send(goodbye))
+                if self._closing.state is ConnectionState.OPEN:
+                    goodbye = CloseConnection(_CLOSE_CODES.get(self.end.kind, 1000))
+                    self._wire.send(self._closing.send(goodbye))
                 await self._hung_up.wait()
                 await self._wire.finish()
         except TimeoutError:
             pass
         finally:
-            await self.stream.aclose()
+            await self._stream.aclose()

@@ -1,6 +1,6 @@
-"""What httpx-ws does by itself and as `Channel`, side by side: one test for each part of it that was replaced.
+"""What httpx-ws's session does and ours instead, side by side: one test for each part.
 
-If one of the stock halves fails after an upgrade, the library has changed there: see whether the override can go.
+If one of the stock halves fails after an upgrade, the library has changed there: see whether ours can go.
 """
 
 import asyncio
@@ -17,7 +17,6 @@ import pytest
 import wsproto.utilities
 from httpx_ws import AsyncWebSocketSession, WebSocketDisconnect, WebSocketNetworkError, aconnect_ws
 
-from service.backends.websocket import Channel
 from service.core.protocol import SessionEnd
 from tests.contracts.test_upstream import AUDIO, PATIENT, ended, saying, session
 from tests.contracts.test_upstream_pressure import UnreadReset
@@ -46,12 +45,6 @@ async def stock(script: Script, **kwargs: Any) -> AsyncIterator[tuple[AsyncWebSo
             live: AsyncWebSocketSession
             async with aconnect_ws(server.url, client) as live:
                 yield live, server
-
-
-@pytest.mark.parametrize("name", ["__asynccontextmanager__", "close"])
-def test_the_replaced_parts_exist(name: str) -> None:
-    """An override of something renamed would be dead code and the weakness back."""
-    assert getattr(AsyncWebSocketSession, name) is not getattr(Channel, name)
 
 
 async def test_reading_ahead_of_the_consumer() -> None:
