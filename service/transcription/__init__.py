@@ -188,6 +188,8 @@ class Transcriber:
                 work.control.ask("failed")  # the other channels end their turns; what they say is kept
             return outcome
 
+        if len(streams) == 1:
+            return [await one(streams[0])]  # most jobs: a task and a group of tasks less
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(channel), name=f"channel-{channel}") for channel in streams]
         return [task.result() for task in tasks]
