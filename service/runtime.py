@@ -31,7 +31,7 @@ from service.settings import Settings, SettingsError
 from service.store import Store, migrate, open_store, schema_is_current
 from service.store.keys import StoredKey
 from service.telemetry import metrics
-from service.transcription import SessionGate, Transcriber
+from service.transcription import Heartbeat, SessionGate, Transcriber
 from service.waveform import Waveforms
 from service.webhooks import Webhooks
 from service.webhooks.call import Caller
@@ -132,7 +132,8 @@ async def open_runtime(
             transcriber=Transcriber(
                 store=store, bus=bus, blobs=blobs, upstream=upstream,
                 pacer=Pacer(clock, metrics.loop_lag.observe), clock=clock,
-                gate=_gate(settings, store, clock), patience_s=settings.upstream_patience, alone=alone,
+                gate=_gate(settings, store, clock), heartbeat=Heartbeat(store, clock),
+                patience_s=settings.upstream_patience, alone=alone,
             ),
             sweeper=Sweeper(
                 store=store, blobs=blobs, clock=clock,

@@ -9,9 +9,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from service.core.job import Audio, Event, Job, Progress, Session, Status, Turn, TurnWord, links, make_event
+from service.core.errors import Fenced
+from service.core.job import Audio, Claim, Event, Job, Progress, Session, Status, Turn, TurnWord, links, make_event
 from service.ports import Bus
-from service.store import Record, Store, Write
+from service.store import Record, Renewal, Store, Write
+from service.transcription.control import Control, Lease
+from service.transcription.heartbeat import Heartbeat, Life
+from service.transcription.recorder import Recorder
 
 T = TypeVar("T")
 
@@ -231,6 +235,26 @@ async def append(
 
     await store.amend(job_id, change)
     return appended
+
+
+async def renew(store: Store, claim: Claim, *, lease_s: float, job: Job | None) -> bool:
+    """Renew one claim: whether a cancel was requested. Raises `Fenced` when it is not held any more."""
+    (cancel,) = await store.renew([Renewal(claim, lease_s, job)])
+    if cancel is None:
+        raise Fenced
+    return cancel
+
+
+async def beat(store: Store, recorder: Recorder) -> Control:
+    """One heartbeat of a recorder's claim; what has been asked of the job by then."""
+    clock = LoopClock()
+    life = Life(recorder, Control(drain_s=1), Lease(clock, 60, alone=True), 60, _nothing, extended=clock.now())
+    await Heartbeat(store, clock)._renew([life])
+    return life.control
+
+
+async def _nothing() -> None:
+    pass
 
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

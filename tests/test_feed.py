@@ -24,7 +24,7 @@ from service.ports import Bus
 from service.runtime import SystemClock
 from service.store import Store
 from service.transcription.recorder import Recorder
-from tests.doubles import DeafBus, LossyBus, a_session, add_job, an_event, append, listening, start, until
+from tests.doubles import DeafBus, LossyBus, a_session, add_job, an_event, append, beat, listening, start, until
 
 FAST = SystemClock(100)  # a silence of five seconds is over in fifty milliseconds
 
@@ -174,7 +174,7 @@ class Speech:
             recorder.folded(folded)
         recorder.sent(None, recorder.job.progress.sent_ms + 50)
         if self._dice.random() < 0.2:
-            await recorder.renew(60)
+            await beat(self._store, recorder)
         if self._dice.random() < 0.2:
             recorder.tell_again()
         for _ in range(self._dice.choice([0, 0, 1, 5])):

@@ -21,7 +21,7 @@ from service.intake import Intake, begin_claim, new_id
 from service.runtime import SystemClock
 from service.store import MAX_STRIKES, Record, Store, Write
 from tests import wavs
-from tests.doubles import a_job, a_session, a_turn, add_job, an_event, listening, until
+from tests.doubles import a_job, a_session, a_turn, add_job, an_event, listening, renew, until
 
 CLOCK = SystemClock()
 GOOD = wavs.wav_bytes(frames=16_000)
@@ -250,7 +250,7 @@ async def test_a_running_job_is_asked_over_the_bus_and_in_the_database(office: O
         assert (await heard(control)).type == CANCEL
     assert record is not None
     assert record.job.status == "processing"
-    assert await office.store.renew(held, lease_s=60, job=None)
+    assert await renew(office.store, held, lease_s=60, job=None)
 
 
 async def test_a_cancel_is_never_lost_to_a_job_being_handed_back(

@@ -18,7 +18,7 @@ from service.runtime import SystemClock
 from service.store import Busy, Store
 from service.transcription import recorder as module
 from service.transcription.recorder import Recorder
-from tests.doubles import a_job, a_session, a_turn, add_job, an_event, append, listening, start, until
+from tests.doubles import a_job, a_session, a_turn, add_job, an_event, append, beat, listening, start, until
 
 CLOCK = SystemClock()
 
@@ -271,8 +271,18 @@ async def test_a_job_taken_over_raises_and_nothing_more_is_told(store: Store) ->
         async with recording(store, claim=stale) as desk:
             desk.recorder.folded(final(a_turn(0)))
     assert desk.told == []
+
+
+async def test_a_refused_renewal_ends_a_recorder_that_has_nothing_to_write(store: Store) -> None:
+    await add_job(store)
+    stale = await store.claim("j1", lease_s=-1, begin=start)
+    assert isinstance(stale, Claim)
+    assert isinstance(await store.claim("j1", lease_s=60, begin=start), Claim)
+    recorder = Recorder(stale, store, MemoryBus(), CLOCK)
+    writing = asyncio.create_task(recorder.run())
+    await beat(store, recorder)
     with pytest.raises(Fenced):
-        await desk.recorder.renew(60)
+        await writing
 
 
 async def test_a_deleted_job_raises(store: Store) -> None:
@@ -292,17 +302,17 @@ async def test_a_deleted_job_raises(store: Store) -> None:
 async def test_progress_is_kept_and_then_told_while_streaming(store: Store) -> None:
     async with recording(store) as desk:
         recorder = desk.recorder
-        assert not await recorder.renew(60)
+        assert (await beat(store, recorder)).stop is None
         recorder.stage(Stage.STREAMING)
         recorder.sent(None, 1500)
         await settled(desk)
-        assert not await recorder.renew(60)
+        assert (await beat(store, recorder)).stop is None
         record = await store.get("j1")
         assert record is not None
         assert record.job.progress.sent_ms == 1500
         recorder.stage(Stage.FINALIZING)
         await settled(desk)
-        await recorder.renew(60)
+        await beat(store, recorder)
     assert [(body["sent_ms"], body["total_ms"], body["id"]) for body in desk.bodies("job.progress")] == [
         (1500, 10_000, None)
     ]
@@ -313,7 +323,7 @@ async def test_a_renewal_keeps_nothing_that_is_not_yet_committed(store: Store) -
     async with recording(store, slow=True) as desk:
         desk.recorder.stage(Stage.STREAMING)
         desk.recorder.folded(final(a_turn(0)))
-        assert not await desk.recorder.renew(60)
+        assert (await beat(store, desk.recorder)).stop is None
         record = await store.get("j1")
         assert record is not None
         assert (record.job.stage, record.job.turn_count, record.event_seq) == (None, 0, 2)
@@ -323,14 +333,14 @@ async def test_a_renewal_keeps_nothing_that_is_not_yet_committed(store: Store) -
 async def test_word_of_a_cancel_comes_with_the_renewal(store: Store) -> None:
     async with recording(store) as desk:
         await store.request_cancel("j1")
-        assert await desk.recorder.renew(60)
+        assert (await beat(store, desk.recorder)).stop == "cancel"
 
 
 async def test_a_renewal_after_the_end_is_no_news(store: Store) -> None:
     async with recording(store) as desk:
         desk.recorder.finish(Status.CANCELED, coverage=complete())
         await until(lambda: "job.canceled" in desk.types())
-        assert not await desk.recorder.renew(60)
+        assert (await beat(store, desk.recorder)).stop is None
 
 
 def test_the_job_is_as_far_as_its_slowest_channel_and_never_goes_back() -> None:

@@ -21,6 +21,7 @@ from service.ports import Clock, Delivery
 from service.runtime import database_url
 from service.sandbox import faults as f
 from service.store import Store, open_store
+from service.transcription import Heartbeat
 from service.worker import Worker, start_worker
 from tests.doubles import start
 from tests.kit import Kit, check, eventually, running, spoken
@@ -87,7 +88,12 @@ async def node(kit: Kit, failures: int = 0, **transcriber: Any) -> AsyncIterator
         store = await stack.enter_async_context(open_store(database_url(runtime.settings)))
         queue = NotedQueue(runtime.clock)
         queue.failures = failures
-        changed = replace(runtime.transcriber, store=store, pacer=Pacer(runtime.clock), **transcriber)
+        own: dict[str, Any] = {
+            "store": store,
+            "pacer": Pacer(runtime.clock),
+            "heartbeat": Heartbeat(store, runtime.clock),
+        }
+        changed = replace(runtime.transcriber, **own, **transcriber)
         worker = await start_worker(replace(runtime, store=store, queue=queue, transcriber=changed), stack)
         yield Node(worker, queue, store)
 

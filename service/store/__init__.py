@@ -20,19 +20,20 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.core.errors import Fenced
 from service.core.job import Claim, Event, Job, Status, Turn, to_json
 from service.core.words import searchable
-from service.store import idempotency, keys, outbox, pace, schema
+from service.store import idempotency, keys, outbox, pace, renewal, schema
 from service.store.engines import open_engine, open_writer
 from service.store.idempotency import Use
 from service.store.migration import migrate, schema_is_current, schema_of
 from service.store.prepared import Prepared, Row
 from service.store.reading import Reader, Record, record_of
-from service.store.renewal import Renewals
+from service.store.renewal import Renewal
 from service.store.schema import events, jobs, now_ms, said, turns, webhooks
 from service.store.writer import Writer
 from service.telemetry import metrics
 
 __all__ = [
-    "MAX_STRIKES", "Busy", "Record", "Store", "Use", "Write", "migrate", "open_store", "schema_is_current", "schema_of",
+    "MAX_STRIKES", "Busy", "Record", "Renewal", "Store", "Use", "Write", "migrate", "open_store", "schema_is_current",
+    "schema_of",
 ]  # fmt: skip
 
 MAX_STRIKES = 3
@@ -115,7 +116,6 @@ class Store(Reader):
             table: Prepared(insert_ignoring(table).on_conflict_do_nothing(), *table.columns.keys())
             for table in (events, turns, said)
         }
-        self._renewals = Renewals(writer)
         self.outbox = outbox.Outbox(self._rows, writer, insert_ignoring)
         self.keys = keys.Keys(self._rows, writer, insert_ignoring)
         self.pace = pace.Pace(writer, insert_ignoring)
@@ -306,13 +306,12 @@ class Store(Reader):
         if end:
             _count(end["status"])
 
-    async def renew(self, claim: Claim, *, lease_s: float, job: Job | None) -> bool:
-        """Extend the lease, and note the progress in `job` unless it holds something not yet committed (None).
+    async def renew(self, renewals: Sequence[Renewal]) -> list[bool | None]:
+        """Extend claims. For each: whether a cancel was requested, None if it is not held any more.
 
-        True: a cancel was requested. Raises `Fenced`, and `Unavailable`: a renewal that waits in line could extend a
-        lease that its holder has given up.
+        Raises `Unavailable`: a renewal that waits in line could extend a lease that its holder has given up.
         """
-        return await self._renewals.renew(claim, lease_s=lease_s, job=job)
+        return await renewal.renew(self._writer, renewals)
 
     async def expire_leases(self) -> None:
         """Every attempt at a job or a webhook is dead. Only true where one process holds the database, at its start."""

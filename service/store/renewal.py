@@ -1,16 +1,15 @@
-"""Renewing the claims of a process: all that fall due together in two statements. FLOOR 2, part of the store.
+"""Renewing the claims of a process: those that fall due together in two statements. FLOOR 2, part of the store.
 
-A thousand jobs renew once a second. What asks while the writer is busy joins the batch that is already in line, ahead
-of whatever its job writes later, so an older document never replaces a newer one.
+A renewal is first in its group: before what its job writes later, so an older document never replaces a newer one.
 """
 
-import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.core.errors import Fenced
 from service.core.job import Claim, Job, Status, to_json
 from service.store.prepared import Prepared
 from service.store.schema import jobs, now_ms
@@ -28,51 +27,32 @@ _HELD = select(jobs.c.id, jobs.c.epoch, jobs.c.cancel_requested).where(
     jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.status == Status.PROCESSING
 )
 
-Held = dict[tuple[str, int], bool]
+
+@dataclass(eq=False, slots=True)
+class Renewal:
+    """A claim to extend by `lease_s`, with its job's progress to be kept unless it holds what is not yet committed."""
+
+    claim: Claim
+    lease_s: float
+    job: Job | None
+    given_up: bool = False  # by its holder, while it waits: it must not be extended any more
 
 
-class _Batch:
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.open = True
-        self.done: asyncio.Future[Held]
+async def renew(writer: Writer, renewals: Sequence[Renewal]) -> list[bool | None]:
+    """See `Store.renew`."""
+    asked: list[tuple[Renewal, dict[str, Any]]] = []
+    for one in sorted(renewals, key=lambda renewal: renewal.claim.job.id):
+        news = None if one.job is None else to_json(one.job)
+        row = {"of": one.claim.job.id, "by": one.claim.epoch, "lease_ms": int(one.lease_s * 1000), "news": news}
+        asked.append((one, row))
 
-    async def run(self, connection: AsyncConnection) -> Held:
-        """Which of the claims are still held, and whether their cancel was requested."""
-        self.open = False
-        if not self.rows:
-            return {}  # all who asked have left
-        ids = sorted(self.rows)
-        await _RENEW.run_each(connection, [self.rows[job_id] for job_id in ids])
-        found = await connection.execute(_HELD, {"ids": ids})
+    async def run(connection: AsyncConnection) -> dict[tuple[str, int], bool]:
+        rows = [row for renewal, row in asked if not renewal.given_up]
+        if not rows:
+            return {}
+        await _RENEW.run_each(connection, rows)
+        found = await connection.execute(_HELD, {"ids": [row["of"] for row in rows]})
         return {(job_id, epoch): canceled for job_id, epoch, canceled in found}
 
-
-class Renewals:
-    """The claims of this process."""
-
-    def __init__(self, writer: Writer) -> None:
-        """Written by the one who writes everything."""
-        self._writer = writer
-        self._batch: _Batch | None = None
-
-    async def renew(self, claim: Claim, *, lease_s: float, job: Job | None) -> bool:
-        """See `Store.renew`."""
-        batch = self._batch
-        if batch is None or not batch.open or batch.done.done() or claim.job.id in batch.rows:
-            batch = self._batch = _Batch()
-            batch.done = self._writer.submit("", batch.run)  # first in its group: before what these jobs write next
-        batch.rows[claim.job.id] = {
-            "of": claim.job.id,
-            "by": claim.epoch,
-            "lease_ms": int(lease_s * 1000),
-            "news": None if job is None else to_json(job),
-        }
-        try:
-            held = await asyncio.shield(batch.done)
-        except asyncio.CancelledError:
-            batch.rows.pop(claim.job.id, None)  # a lease that was given up must not be extended later
-            raise
-        if (claim.job.id, claim.epoch) not in held:
-            raise Fenced
-        return held[claim.job.id, claim.epoch]
+    held = await writer.write("", run)
+    return [held.get((renewal.claim.job.id, renewal.claim.epoch)) for renewal in renewals]

@@ -73,10 +73,6 @@ class Writer:
         result: T = await (asyncio.shield(done) if patient else done)
         return result
 
-    def submit(self, job_id: str, run: Callable[[AsyncConnection], Awaitable[T]]) -> "asyncio.Future[T]":
-        """Put an impatient write in line, now; several may await the result, each shielded. Raises `Unavailable`."""
-        return self._enter(_Operation(job_id, run, patient=False))
-
     def _enter(self, operation: _Operation) -> "asyncio.Future[Any]":
         if self._closing:
             raise Unavailable

@@ -12,28 +12,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
-from zlib import crc32
 
 import structlog
 
 from service.core.coverage import coverage
-from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, StorageFull, TurnwireError, Unavailable
+from service.core.errors import AudioCorrupt, Fenced, InvalidAudio, OurError, TurnwireError, Unavailable
 from service.core.job import CANCEL, LISTENING, Claim, Closed, Event, Failure, Job, Stage, Status, channels
 from service.core.wav import WavInfo, WavParser
 from service.pacer import Pacer
 from service.ports import BlobStore, Bus, Clock, Upstream
 from service.store import Store
 from service.transcription.control import Control, End, Lease, Outcome, SessionGate, StartLine, Work
+from service.transcription.heartbeat import Heartbeat, Life
 from service.transcription.recorder import Recorder
 from service.transcription.sender import read
 from service.transcription.stream import ChannelStream
 
-__all__ = ["Control", "SessionGate", "Transcriber"]
+__all__ = ["Control", "Heartbeat", "SessionGate", "Transcriber"]
 
 LEASE_SECONDS = 15.0
-RENEW_SECONDS = 1.0
-RENEW_GROUPS = 8
-EXTEND_SECONDS = 5.0
+HEAR_SECONDS = 1.0  # until the bus is tried again
 READ = 1 << 20
 
 log = structlog.get_logger(__name__)
@@ -54,6 +52,7 @@ class Transcriber:
     pacer: Pacer
     clock: Clock
     gate: SessionGate
+    heartbeat: Heartbeat
     patience_s: float
     alone: bool = True  # with its database: nobody else could take a job over
     lease_s: float = LEASE_SECONDS
@@ -62,51 +61,23 @@ class Transcriber:
         """Work on `claim` until it is over; `extend` tells the queue now and then that the work goes on."""
         lease = Lease(self.clock, self.lease_s, alone=self.alone)
         recorder = Recorder(claim, self.store, self.bus, self.clock)
+        life = Life(recorder, control, lease, self.lease_s, extend, extended=self.clock.now())
         try:
             async with asyncio.TaskGroup() as group:
                 writing = group.create_task(recorder.run(), name="recorder")
-                beside = [
-                    group.create_task(self._beat(recorder, control, lease, extend), name="heartbeat"),
-                    group.create_task(self._hear(recorder, control), name="control"),
-                ]
+                beside = [group.create_task(self._hear(recorder, control), name="control")]
                 if not self.alone:
                     beside.append(group.create_task(lease.over(), name="lease"))
-                end = await self._work(recorder, control, lease)
-                recorder.close()
-                await writing
+                with self.heartbeat.keep(life, at_once=not self.alone):
+                    end = await self._work(recorder, control, lease)
+                    recorder.close()
+                    await writing
                 for task in beside:
                     task.cancel()
         except* Fenced:
             log.info("claim lost", job_id=claim.job.id, epoch=claim.epoch)
             end = End("dropped")
         return end
-
-    async def _beat(
-        self, recorder: Recorder, control: Control, lease: Lease, extend: Callable[[], Awaitable[None]]
-    ) -> None:
-        # Jobs renew in a few groups, each one write: the same moment for all of a group, not the same for all.
-        phase = crc32(recorder.job.id.encode()) % RENEW_GROUPS * RENEW_SECONDS / RENEW_GROUPS
-        extended, first = self.clock.now(), not self.alone
-        while True:
-            if not first:
-                await self.clock.sleep(RENEW_SECONDS - (self.clock.now() - phase) % RENEW_SECONDS)
-            first = False
-            asked = self.clock.now()
-            with suppress(Unavailable, StorageFull):  # asked again at the next beat
-                if await recorder.renew(self.lease_s):
-                    control.ask("cancel")
-                lease.renewed(asked)
-                if asked - extended >= EXTEND_SECONDS:
-                    extended = asked
-                    await self._extend(recorder.job.id, extend)
-
-    async def _extend(self, job_id: str, extend: Callable[[], Awaitable[None]]) -> None:
-        """The queue may be away: then it delivers the job a second time, and the claim sends that away."""
-        try:
-            async with asyncio.timeout(self.clock.real(RENEW_SECONDS)):
-                await extend()
-        except Exception as exc:  # noqa: BLE001 - the job does not depend on it
-            log.warning("the queue could not be told that a job goes on", job_id=job_id, error=str(exc))
 
     async def _hear(self, recorder: Recorder, control: Control) -> None:
         def hear(event: Event) -> None:
@@ -119,7 +90,7 @@ class Transcriber:
             with suppress(Unavailable):  # the job goes on without the bus; the renewal brings word of a cancel
                 async with self.bus.subscribe(f"control.{recorder.job.id}", hear):
                     await asyncio.get_running_loop().create_future()
-            await self.clock.sleep(RENEW_SECONDS)
+            await self.clock.sleep(HEAR_SECONDS)
 
     async def _work(self, recorder: Recorder, control: Control, lease: Lease) -> End:
         job = recorder.job

@@ -30,7 +30,7 @@ from service.core.job import (
 from service.core.transcript import Folded
 from service.flag import Flag
 from service.ports import Bus, Clock
-from service.store import Store, Write
+from service.store import Renewal, Store, Write
 from service.telemetry import metrics
 
 MAX_PENDING_EVENTS = 1000
@@ -59,6 +59,7 @@ class Recorder:
         self._wake = Flag()
         self._settled = True  # nothing made is waiting to be committed
         self._closing = False
+        self._fenced = False
 
     # --- changes ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ class Recorder:
 
     async def run(self) -> None:
         """Commit and publish until `close`. Raises `Fenced` when the job is somebody else's."""
-        while True:
+        while not self._fenced:
             if self._write.events:
                 await self._commit()
                 continue
@@ -184,6 +185,7 @@ class Recorder:
                 return
             self._wake.clear()
             await self._wake.wait()
+        raise Fenced
 
     async def _commit(self) -> None:
         write, self._write = self._write, Write(self.job)
@@ -210,19 +212,20 @@ class Recorder:
         self._bus.publish(self._topic, event)
         metrics.events.counts[event.type] += 1
 
-    async def renew(self, lease_s: float) -> bool:
-        """Extend the claim, keep the progress, and only then tell it. True: a cancel was requested. Raises `Fenced`."""
-        settled = self._settled
-        progress = {"sent_ms": self.job.progress.sent_ms, "total_ms": self.job.progress.total_ms}
-        try:
-            cancel = await self._store.renew(self._claim, lease_s=lease_s, job=self.job if settled else None)
-        except Fenced:
-            if self.job.status != Status.PROCESSING:  # ended by ourselves
-                return False
-            raise
-        if settled and self.job.stage == Stage.STREAMING:
-            self._tell("job.progress", progress)
-        return cancel
+    def renewal(self, lease_s: float) -> Renewal:
+        """What extends the claim. It keeps the progress, unless the job holds what is not yet committed."""
+        return Renewal(self._claim, lease_s, self.job if self._settled else None)
+
+    def tell_progress(self, sent_ms: int) -> None:
+        """Tell the progress that a renewal has kept."""
+        if self.job.stage == Stage.STREAMING:
+            self._tell("job.progress", {"sent_ms": sent_ms, "total_ms": self.job.progress.total_ms})
+
+    def fence(self) -> None:
+        """A renewal was refused: the job is somebody else's, unless we have just ended it."""
+        if self.job.status == Status.PROCESSING:
+            self._fenced = True
+            self._wake.set()
 
     def tell_again(self) -> None:
         """Somebody has begun to listen: tell the open partials once more."""

@@ -3,14 +3,11 @@
 import asyncio
 from datetime import UTC, datetime
 
-import pytest
-
-from service.core.errors import Fenced
-from service.store import Store
+from service.store import Renewal, Store
 from service.telemetry import metrics
 from tests.contracts.test_store import claim, the_record, write
 from tests.contracts.test_store import database as database  # noqa: PLC0414  a fixture
-from tests.doubles import add_job, an_event
+from tests.doubles import add_job, an_event, renew
 
 
 async def test_many_are_one_write_and_each_is_told_of_its_own(store: Store) -> None:
@@ -22,10 +19,9 @@ async def test_many_are_one_write_and_each_is_told_of_its_own(store: Store) -> N
     await claim(store, "j07")  # somebody else's by now
     await store.request_cancel("j09")
     before = metrics.commit_seconds.count
-    told = await asyncio.gather(*(store.renew(one, lease_s=60, job=one.job) for one in held), return_exceptions=True)
+    told = await store.renew([Renewal(one, 60, one.job) for one in held])
     assert metrics.commit_seconds.count == before + 1
-    assert isinstance(told.pop(7), Fenced)
-    assert told == [False] * 8 + [True] + [False] * 50
+    assert told == [False] * 7 + [None, False, True] + [False] * 50
 
 
 async def test_a_renewal_never_takes_back_what_its_job_wrote_after_it(store: Store) -> None:
@@ -33,7 +29,7 @@ async def test_a_renewal_never_takes_back_what_its_job_wrote_after_it(store: Sto
     await add_job(store)
     held = await claim(store)
     for after in range(2, 22):
-        renewing = asyncio.create_task(store.renew(held, lease_s=60, job=held.job))
+        renewing = asyncio.create_task(renew(store, held, lease_s=60, job=held.job))
         await asyncio.sleep(0)
         held.job.started_at = datetime.now(UTC).isoformat()
         await asyncio.gather(renewing, write(store, held, an_event("j1", after + 1), after=after))
@@ -41,14 +37,14 @@ async def test_a_renewal_never_takes_back_what_its_job_wrote_after_it(store: Sto
 
 
 async def test_whoever_gives_up_waiting_leaves_the_others_alone(store: Store) -> None:
-    """The one who began the batch is cancelled."""
+    """And is not renewed."""
     await add_job(store)
     await add_job(store, "j2")
-    first, second = await claim(store), await claim(store, "j2")
-    leaving = asyncio.create_task(store.renew(first, lease_s=60, job=None))
-    staying = asyncio.create_task(store.renew(second, lease_s=60, job=None))
+    renewals = [Renewal(await claim(store, job_id, lease_s=-1), 60, None) for job_id in ("j1", "j2")]
+    renewing = asyncio.create_task(store.renew(renewals))
     await asyncio.sleep(0)
-    leaving.cancel()
-    assert not await staying
-    with pytest.raises(asyncio.CancelledError):
-        await leaving
+    renewals[0].given_up = True
+    assert (await renewing)[1] is False
+    assert await store.stranded() == [("j1", 1)]
+    renewals[1].given_up = True
+    await store.renew(renewals)

@@ -23,7 +23,7 @@ from service.core.job import Claim, Event, Job, Status
 from service.store import MAX_STRIKES, Busy, Record, Store, Use, Write, migrate, open_store
 from service.store.schema import idempotency, metadata
 from service.store.writer import Writer
-from tests.doubles import CREATED_MS, a_job, a_session, a_turn, add_job, an_event, append, start, until
+from tests.doubles import CREATED_MS, a_job, a_session, a_turn, add_job, an_event, append, renew, start, until
 from tests.engines.postgres import connect
 
 
@@ -248,7 +248,7 @@ async def test_deleting_removes_every_row(store: Store) -> None:
     with pytest.raises(Fenced):
         await write(store, held, an_event("j1", 4), after=3)
     with pytest.raises(Fenced):
-        await store.renew(held, lease_s=60, job=None)
+        await renew(store, held, lease_s=60, job=None)
     await add_job(store)  # what is left of another job of that name would collide
     assert await log(store) == [(1, "job.status")]
 
@@ -281,7 +281,7 @@ async def test_a_claim_whose_lease_ran_out_is_taken_over_and_fenced(store: Store
     await write(store, dead, an_event("j1", 3, "turn.final"), after=2, turns=[a_turn(end_ms=4000)])
     alive = await claim(store)
     assert (alive.epoch, alive.event_seq, alive.finalized) == (2, 4, {"s1": 4000})
-    for act in (write(store, dead, an_event("j1", 5), after=4), store.renew(dead, lease_s=60, job=None)):
+    for act in (write(store, dead, an_event("j1", 5), after=4), renew(store, dead, lease_s=60, job=None)):
         with pytest.raises(Fenced):
             await act
     await write(store, alive, an_event("j1", 5), after=4)
@@ -379,7 +379,7 @@ async def test_what_is_no_final_clears_no_strike(store: Store) -> None:
         held = await die(store)
         assert isinstance(held, Claim)
         await write(store, held, an_event("j1", 3 + 2 * n, "session.begin"), after=2 + 2 * n)
-        await store.renew(held, lease_s=-1, job=held.job)
+        await renew(store, held, lease_s=-1, job=held.job)
     assert await die(store) is None
 
 
@@ -479,17 +479,17 @@ async def test_an_ended_claim_writes_no_more(store: Store) -> None:
     with pytest.raises(Fenced):
         await write(store, held, an_event("j1", 4), after=3)
     with pytest.raises(Fenced):
-        await store.renew(held, lease_s=60, job=None)
+        await renew(store, held, lease_s=60, job=None)
 
 
 async def test_renewing_extends_the_lease_and_notes_the_progress(store: Store) -> None:
     await add_job(store)
     held = await claim(store, lease_s=-1)
     held.job.progress.sent_ms = 4200
-    assert not await store.renew(held, lease_s=60, job=None)
+    assert not await renew(store, held, lease_s=60, job=None)
     assert (await the_record(store)).job.progress.sent_ms == 0
     assert isinstance(await store.claim("j1", lease_s=60, begin=start), Busy)
-    await store.renew(held, lease_s=60, job=held.job)
+    await renew(store, held, lease_s=60, job=held.job)
     assert (await the_record(store)).job.progress.sent_ms == 4200
     assert (await the_record(store)).event_seq == 2
 
@@ -498,10 +498,10 @@ async def test_word_of_a_cancel_is_found_when_renewing_by_whoever_holds_the_job(
     await add_job(store)
     assert not await store.request_cancel("j1"), "nobody holds it"
     held = await claim(store, lease_s=-1)
-    assert not await store.renew(held, lease_s=-1, job=None)
+    assert not await renew(store, held, lease_s=-1, job=None)
     assert await store.request_cancel("j1")
-    assert await store.renew(held, lease_s=-1, job=None)
-    assert await store.renew(await claim(store), lease_s=60, job=None), "the claim before died"
+    assert await renew(store, held, lease_s=-1, job=None)
+    assert await renew(store, await claim(store), lease_s=60, job=None), "the claim before died"
 
 
 async def test_word_of_a_cancel_outlives_a_job_handed_back_but_not_its_end(store: Store) -> None:
@@ -512,7 +512,7 @@ async def test_word_of_a_cancel_outlives_a_job_handed_back_but_not_its_end(store
     held.job.status = Status.QUEUED
     await write(store, held, an_event("j1", 3), after=2)
     again = await claim(store)
-    assert await store.renew(again, lease_s=60, job=None)
+    assert await renew(store, again, lease_s=60, job=None)
     again.job.status = Status.CANCELED
     await write(store, again, an_event("j1", 5, "job.canceled"), after=4)
     assert not (await the_record(store)).cancel_requested
@@ -565,7 +565,7 @@ async def test_two_hundred_writers_leave_gapless_logs(store: Store) -> None:
         for seq in (3, 5):
             made = [an_event(job_id, seq, "turn.final"), an_event(job_id, seq + 1, "job.warning")]
             await write(store, held, *made, after=seq - 1, turns=[a_turn(seq, session_id=job_id)])
-            await store.renew(held, lease_s=60, job=held.job)
+            await renew(store, held, lease_s=60, job=held.job)
         held.job.status = Status.COMPLETED
         await write(store, held, an_event(job_id, 7, "job.completed"), after=6)
 
@@ -721,7 +721,7 @@ async def test_while_it_is_locked_the_impatient_fail_soon_and_the_patient_wait(s
                 append(store, "j2", ("job.warning", {})),
                 store.delete("j1"),
                 store.request_cancel("j1"),
-                store.renew(held, lease_s=60, job=None),  # whose worker asks again a second later
+                renew(store, held, lease_s=60, job=None),  # whose worker asks again a second later
             ]
             results = await asyncio.gather(*acts, return_exceptions=True)
             assert [type(result) for result in results] == [Unavailable] * 5

@@ -16,7 +16,7 @@ from service.core.errors import Fenced, Unavailable
 from service.core.job import Claim, Status
 from service.store import Busy, Store, Write, open_store
 from service.store.engines import open_engine
-from tests.doubles import a_turn, add_job, an_event, start, until
+from tests.doubles import a_turn, add_job, an_event, renew, start, until
 from tests.engines.postgres import Postgres, connect
 
 PATIENCE = 60.0
@@ -78,7 +78,7 @@ async def test_a_server_restarted_and_killed_under_load_costs_no_final_and_doubl
             await speak(store, held, spoken)
             spoken += 1
             with suppress(Unavailable):  # it does not wait for a server that is away
-                await store.renew(held, lease_s=60, job=None)
+                await renew(store, held, lease_s=60, job=None)
         held.job.status = Status.COMPLETED
         step = Write(held.job, events=[an_event(job_id, 3 + spoken, "job.completed")])
         await store.write(held, step, after_seq=2 + spoken)
@@ -228,7 +228,7 @@ async def test_a_zombie_is_refused_once_its_lease_ran_out_on_the_databases_clock
         return True
 
     await _until(take)
-    for act in (speak(dead, zombie, 0), dead.renew(zombie, lease_s=60, job=None)):
+    for act in (speak(dead, zombie, 0), renew(dead, zombie, lease_s=60, job=None)):
         with pytest.raises(Fenced):
             await act
     step = Write(successor[0].job, events=[an_event("j1", 4, "turn.final")], turns=[a_turn()])
@@ -265,7 +265,7 @@ async def test_groups_that_lock_the_same_jobs_at_once_all_come_through(stores: l
     for round_ in range(10):
         for n, store in enumerate(stores):
             acts += [store.request_cancel(job_id) for job_id in jobs[:: 1 if n % 2 else -1]]
-            acts += [stores[0].renew(claim, lease_s=60, job=None) for claim in held]
+            acts += [renew(stores[0], claim, lease_s=60, job=None) for claim in held]
             acts += [store.delete(f"j{round_}")] if n == 1 else []
     results = await asyncio.gather(*acts, return_exceptions=True)
     assert {type(result) for result in results} <= {bool, Fenced}
