@@ -78,7 +78,7 @@ class Hub:
 
     def tail_after(self, seq: int) -> Sequence[Event]:
         """The events after `seq` if the tail has them."""
-        first = self._tail[0].seq if self._tail and seq < self.last else None
+        first = self._tail[0].seq if self._tail else None
         if first is None or seq + 1 < first:
             return ()
         return [self._tail[i] for i in range(seq + 1 - first, min(len(self._tail), seq + 1 - first + PAGE))]
@@ -141,9 +141,11 @@ class Hub:
             return None
         if cursor > self.last:
             return News((), position)  # who comes from elsewhere may know more than this hub
-        durable = self.tail_after(cursor)
-        if cursor < self.last and (not durable or durable[-1].seq != self.last):
-            return None
+        durable: Sequence[Event] = ()
+        if cursor < self.last:
+            durable = self.tail_after(cursor)
+            if not durable or durable[-1].seq != self.last:
+                return None
         if self.looking:
             return News(durable, Position(self.last, seen))
         return News([*durable, *self.current(seen)], Position(self.last, self.audience.version))

@@ -203,6 +203,7 @@ class ChannelStream:
         work, clock = self._work, self._work.clock
         schedule = Schedule(work.info.format.upstream_rate, work.recorder.job.options.get("chunk_ms", 100))
         folder: Folder | None = None
+        session: Session | None = None
         while True:
             message = await ws.receive()
             if isinstance(message, Begin) and folder is None:
@@ -215,21 +216,22 @@ class ChannelStream:
                     labelled=bool(work.recorder.job.options.get("speaker_labels")),
                 )
                 self._start_sender(ws, source, schedule, session, folder)
-            elif folder is None or self._sender is None:
+            elif folder is None or session is None or self._sender is None:
                 continue
             elif isinstance(message, Turn):
+                now = clock.now()
                 if message.end_of_turn:  # kept with how far the session was handed the audio
-                    self._note_position(clock.now())
+                    self._note_position(now)
                 folded = folder.turn(
                     message,
                     next_index=work.recorder.job.turn_count,
-                    elapsed_ms=self._sender.elapsed_ms(clock.now()),
-                    position_ms=self._sender.position_ms or position_ms,
+                    elapsed_ms=self._sender.elapsed_ms(now),
+                    position_ms=position_ms + session.sent_ms,
                 )
                 if folded is not None:
                     work.recorder.folded(folded)
                     if folded.kind == "turn.final":
-                        self._progressed(clock.now())
+                        self._progressed(now)
             elif isinstance(message, SpeakerRevision):
                 for folded in folder.revision(message):
                     work.recorder.folded(folded)
