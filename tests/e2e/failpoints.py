@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
 
@@ -48,40 +49,34 @@ class Failpoints:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A plain function with a point on either side."""
+        """A function, plain or of coroutines, with a point on either side."""
 
-        def wrapped(*args: Any, **more: Any) -> Any:
+        def plain(*args: Any, **more: Any) -> Any:
             self.at(f"{name}.before")
             result = function(*args, **more)
             self.at(f"{name}.after")
             return result
 
-        return wrapped
-
-    def around_async(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same for a coroutine function."""
-
-        async def wrapped(*args: Any, **more: Any) -> Any:
+        async def awaited(*args: Any, **more: Any) -> Any:
             self.at(f"{name}.before")
             result = await function(*args, **more)
             self.at(f"{name}.after")
             return result
 
-        return wrapped
+        return awaited if iscoroutinefunction(function) else plain
 
 
 def install(points: Failpoints) -> None:
     """Wrap what makes things durable or visible."""
-    patches: list[tuple[Any, str, str, bool]] = [
-        (local.LocalBlobs, "put", "put", True),
-        (local.LocalBlobs, "_commit", "rename", False),
-        (os, "fsync", "fsync", False),
-        (MemoryBus, "publish", "publish", True),
-        (MemoryQueue, "announce", "announce", True),
+    patches: list[tuple[Any, str, str]] = [
+        (local.LocalBlobs, "put", "put"),
+        (local.LocalBlobs, "_commit", "rename"),
+        (os, "fsync", "fsync"),
+        (MemoryBus, "publish", "publish"),
+        (MemoryQueue, "announce", "announce"),
     ]
-    for owner, attribute, name, is_async in patches:
-        around = points.around_async if is_async else points.around
-        setattr(owner, attribute, around(name, getattr(owner, attribute)))
+    for owner, attribute, name in patches:
+        setattr(owner, attribute, points.around(name, getattr(owner, attribute)))
     event.listen(Engine, "commit", lambda _: points.at("commit.before"))  # told before COMMIT is sent
     transact = Writer._transact
 
