@@ -23,7 +23,7 @@ async def curl(*arguments: object) -> asyncio.subprocess.Process:
 
 async def test_events_pass_as_they_are_spoken_and_uploads_as_they_come(tmp_path: Path) -> None:
     audio = tmp_path / "audio.wav"
-    audio.write_bytes(marked_wav(2400))
+    audio.write_bytes(marked_wav(6000))
     port, dead = free_ports(2)
     async with serving(tmp_path) as (service, _):
         await service.start()
@@ -42,13 +42,13 @@ async def test_events_pass_as_they_are_spoken_and_uploads_as_they_come(tmp_path:
             async with service.client() as direct:
                 now = (await direct.get(f"/jobs/{job['id']}")).json()
             assert now["status"] == "processing", "events were kept until the job was over"
-            assert now["progress"]["sent_ms"] < 2400
+            assert now["progress"]["sent_ms"] < 6000
             events = [await _event(whole)]
             while events[-1]["type"] != "job.completed":
                 events.append(await _event(whole))
             assert [await process.wait() for process in (terse, whole)] == [0, 0]
             assert [event["id"] for event in events if event["id"]] == list(range(1, events[-1]["id"] + 1))
-            assert spoken(events) == words(12)
+            assert spoken(events) == words(30)
             async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
                 assert (await client.get("/metrics")).status_code == 404
                 page = await client.get("/", headers={"Origin": url})
