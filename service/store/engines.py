@@ -110,7 +110,9 @@ def _prepare(engine: Engine, *pragmas: str) -> None:
     def _connected(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's connection
         connection.isolation_level = None  # transactions are begun by us, not by the driver
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", *pragmas):  # FULL: a commit survives power loss
+        # FULL: a commit survives power loss. A cache of 512 KB is as fast as the usual four times as much: behind it is
+        # the kernel's.
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "cache_size=-512", *pragmas):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
