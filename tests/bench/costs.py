@@ -32,6 +32,7 @@ from service.intake import begin_claim
 from service.runtime import SystemClock
 from service.store import Write, migrate, open_store
 from service.store.engines import open_engine, open_writer
+from service.store.prepared import Prepared
 from service.store.writer import Writer
 from tests.bench.harness import Cell, Report, arguments, cores, interleaved, percentile
 
@@ -81,11 +82,11 @@ async def group_commit(path: Path, _waiters: int) -> AsyncIterator[Keep]:
     lane = open_writer(f"sqlite+aiosqlite:///{path}")
     writer = Writer(lane)
     task = asyncio.create_task(writer.run())
-    statement = insert(Row)
+    statement = Prepared(insert(Row), "job_id", "idx", "doc")
 
     async def keep(waiter: int) -> None:
         async def run(connection: AsyncConnection) -> None:
-            await connection.execute(statement, {"job_id": str(waiter), "idx": 0, "doc": DOC})
+            await statement.run(connection, {"job_id": str(waiter), "idx": 0, "doc": DOC})
 
         await writer.write(str(waiter), run, patient=True)
 
