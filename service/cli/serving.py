@@ -9,7 +9,7 @@ import gc
 import secrets
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -103,11 +103,21 @@ def worker(host: Host = None, port: Port = None) -> None:
 
 
 def _loop() -> asyncio.AbstractEventLoop:
+    _allow_open_files()
     try:
         import uvloop
     except ImportError:  # not made for every platform
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us: a followed stream takes two, and the usual soft limit is 1,024."""
+    with suppress(ImportError, OSError, ValueError):  # not on every platform, and not beyond what its kernel has
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class SandboxCommand(TyperCommand):

@@ -60,6 +60,20 @@ async def a_job_with_a_long_log(service: Service) -> str:
     return str(job["id"])
 
 
+async def test_a_process_may_open_as_many_files_as_the_system_lets_it(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with serving(tmp_path) as (service, _):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            service.spawn()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert service.process is not None
+        async with asyncio.timeout(20):
+            while resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE) != (hard, hard):
+                await asyncio.sleep(0.05)
+
+
 async def test_a_stop_with_twenty_jobs_and_clients_that_never_read(tmp_path: Path) -> None:
     async with serving(tmp_path) as (service, sandbox), contextlib.AsyncExitStack() as stack:
         long_log = await a_job_with_a_long_log(service)
