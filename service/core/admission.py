@@ -1,7 +1,7 @@
 """Whether a process may take more work: a guard fed once a second with what the last second was like. FLOOR 0.
 
 Streams that run must keep their pace, so what does not fit waits in the queue. The guard closes when more than one
-chunk in a hundred was late over five seconds (p99 above 10 ms), or when the event loop's thread was busier than 75 %
+chunk in a hundred was late over five seconds (p99 above 10 ms), or when the event loop's thread was busier than 85 %
 over three; it opens after five calm seconds in a row. Between the two levels it stays as it is: it does not flap.
 While the thread is idle for most of a second, others on the machine make it late, and holding jobs back would not
 change that, maybe for ever: then only chunks count that are too late for upstream (50 ms).
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 LATE_SECONDS, GRAVE_SECONDS = 0.01, 0.05
 SECONDS = 5  # of lateness looked at, and of calm before it opens
 BUSY_SECONDS = 3
-CLOSE_BUSY, OPEN_BUSY = 0.75, 0.65
+CLOSE_BUSY, OPEN_BUSY = 0.85, 0.75
 OWN_BUSY = 0.4  # above that lateness may be of our own making
 CLOSE_LATE, OPEN_LATE = 0.01, 0.005
 ALWAYS = 4  # streams that are taken in any case: a slow machine still works
