@@ -28,7 +28,7 @@ from tests.raw_upstream import CERTIFICATE
 
 __all__ = ["FarEnd", "climb", "measure", "most"]
 
-SECONDS, ROUND_SECONDS, ROUNDS = 4.0, 3.0, 3
+SECONDS, ROUND_SECONDS, QUICK_ROUNDS, FULL_ROUNDS = 4.0, 3.0, 2, 3
 WHOLE = "whole"
 # The steps of each contender at 50 ms chunks, and the one it starts at. A coarse ladder has every second one.
 LADDERS: dict[str, tuple[tuple[int, ...], int]] = {
@@ -239,8 +239,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LADDERS, help="these contenders")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="these connections and chunks")
     parser.add_argument("--streams", type=int, nargs="+", help="these numbers of streams instead of each ladder")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="in which costs are compared; 0: not at all")
+    parser.add_argument("--rounds", type=int, help="in which costs are compared; 0: not at all")
     given = parser.parse_args()
+    rounds = (FULL_ROUNDS if given.full else QUICK_ROUNDS) if given.rounds is None else given.rounds
     names: Sequence[str] = given.only or (FULL if given.full else QUICK)
     report = Report("streams", ("httpx-ws", "uvloop", "websockets", "picows", "websocket-client", "assemblyai"))
     with tempfile.TemporaryDirectory() as directory:
@@ -252,8 +253,8 @@ def main() -> None:
             far = FarEnd(Path(directory), tls=tls)
             try:
                 every = compare(report, far, kind, ladders, SECONDS)
-                if given.rounds and chunk_ms == 50:
-                    costs(report, far, kind, comparable(every, full=given.full), given.rounds, ROUND_SECONDS)
+                if rounds and chunk_ms == 50:
+                    costs(report, far, kind, comparable(every, full=given.full), rounds, ROUND_SECONDS)
             finally:
                 stop(far.process)
             report.write(given.out)
