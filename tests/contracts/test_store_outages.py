@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.core.errors import Fenced, Unavailable
 from service.core.job import Claim, Status
-from service.store import Busy, Store, Write, open_store
+from service.store import Busy, Store, Write, open_store, writer
 from service.store.engines import open_engine
 from tests.doubles import a_turn, add_job, an_event, renew, start, until
 from tests.engines.postgres import Postgres, connect
@@ -255,8 +255,12 @@ async def test_a_process_frozen_in_a_transaction_loses_its_locks(database: str, 
     assert await seqs(store, "j1") == await seqs(store, "j2") == [1, 2, 3]
 
 
-async def test_groups_that_lock_the_same_jobs_at_once_all_come_through(stores: list[Store]) -> None:
-    """Cancels, deletes, renewals and uploads with keys of three processes, on the same few jobs."""
+async def test_groups_that_lock_the_same_jobs_at_once_all_come_through(
+    stores: list[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancels, deletes, renewals and uploads with keys of three processes, on the same few jobs, however slowly."""
+    monkeypatch.setattr(writer, "IMPATIENCE_SECONDS", PATIENCE)
+    monkeypatch.setattr(writer, "SLOW_SECONDS", PATIENCE)
     jobs = [f"j{n}" for n in range(10)]
     for job_id in jobs:
         await add_job(stores[0], job_id)
