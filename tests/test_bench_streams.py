@@ -76,7 +76,7 @@ def test_a_ladder_goes_down_where_it_began_too_high() -> None:
 
 
 def test_ladders_and_comparable_numbers() -> None:
-    assert ladder_of("edge", 50, fine=False) == ((500, 1000, 1500, 2000, 2500), 1000)
+    assert ladder_of("edge", 50, fine=False) == ((500, 1000, 1500, 2000, 2500), 1500)
     assert ladder_of("sdk", 100, fine=True)[0][:3] == [38, 75, 112]
     every = {"whole": {100: figures(3.0)}, "edge": {1000: figures(3.0), 1500: figures(90.0)}}
     assert comparable(every, full=False) == {100: ["edge"]}

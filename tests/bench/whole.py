@@ -21,7 +21,7 @@ from tests.wavs import wav_bytes
 # The service takes more; but what uploads and beginnings cost must not look like lasting load to its guard.
 SUBMITS_PER_SECOND, BYTES_PER_SECOND = 12, 30e6
 BACKLOG = 20
-STANDSTILL = 30.0  # without another stream: once closed, the guard looks at five calm seconds before it opens
+STANDSTILL = 20.0  # without another stream: once closed, the guard looks at five calm seconds before it opens
 SETTINGS = {"TURNWIRE_MAX_STREAMS": "4000", "TURNWIRE_MAX_QUEUE": "4000", "ASSEMBLYAI_API_KEY": "k" * 32}
 
 
