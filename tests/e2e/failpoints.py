@@ -12,11 +12,9 @@ from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
-
 from service.backends import local
 from service.backends.memory import MemoryBus, MemoryQueue
+from service.store.engines import _SqliteConnection
 from service.store.writer import Writer
 
 POINTS = (
@@ -38,10 +36,9 @@ class Failpoints:
         """A point is passed."""
         if not self._name:
             try:
-                text = self._arm.read_text()
-            except FileNotFoundError:
+                self._name, count = self._arm.read_text().split()
+            except (FileNotFoundError, ValueError):  # not there, or being written
                 return
-            self._name, count = text.split()
             self._left = int(count)
         if name == self._name:
             self._left -= 1
@@ -77,13 +74,17 @@ def install(points: Failpoints) -> None:
     ]
     for owner, attribute, name in patches:
         setattr(owner, attribute, points.around(name, getattr(owner, attribute)))
-    event.listen(Engine, "commit", lambda _: points.at("commit.before"))  # told before COMMIT is sent
-    transact = Writer._transact
+    commit, transact = _SqliteConnection.commit, Writer._transact
+
+    async def committing(self: _SqliteConnection) -> None:
+        points.at("commit.before")
+        await commit(self)
 
     async def committed(self: Writer, group: Any) -> None:
         await transact(self, group)
         points.at("commit.after")
 
+    _SqliteConnection.commit = committing  # type: ignore[method-assign]
     Writer._transact = committed  # type: ignore[method-assign]
 
 
